@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel serves a call, with which tile sizes: one table. Pure Python, so that tools can ask without a GPU."""
+
+from dataclasses import dataclass
+
+from .layout import D_QK, row_bytes
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """A kernel and its launch shape.
+
+    Attributes:
+        kernel: name of the kernel, "triton" for the portable one or "reference" for eager PyTorch.
+        block_h: query rows (s_q x h_q) of a program.
+        block_n: KV tokens of a tile.
+        num_warps, num_stages: Triton's launch options.
+        programs_per_sm: programs resident on a multiprocessor.
+        fixed_tiles, min_tiles: see `schedule.ScheduleParams`.
+        reason: why this entry was chosen, for the log.
+    """
+
+    kernel: str
+    block_h: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    fixed_tiles: int
+    min_tiles: int
+    reason: str
+
+
+_ANY_ROWS = 8 * 128
+
+# First row that fits wins. Rows for 9.0 were chosen by measurement on an H200 (docs/performance.md). The others keep
+# within 99 KiB of shared memory, what compute capability 8.6, 8.9 and 12.0 offer, and were compiled, not timed.
+_TABLE = (
+    # capability from, to | 8-bit cache | most rows | block_h, block_n, warps, stages, programs a SM, fixed, min tiles
+    ((9, 0), (9, 0), False, 16, (16, 64, 4, 2, 2, 1, 1)),
+    ((9, 0), (9, 0), False, 32, (32, 64, 4, 3, 2, 1, 1)),
+    ((9, 0), (9, 0), False, _ANY_ROWS, (64, 64, 8, 2, 1, 1, 1)),
+    ((9, 0), (9, 0), True, 16, (16, 64, 4, 2, 2, 1, 1)),
+    ((9, 0), (9, 0), True, 32, (32, 64, 4, 3, 2, 1, 1)),
+    ((9, 0), (9, 0), True, _ANY_ROWS, (64, 64, 8, 2, 1, 1, 1)),
+    ((8, 0), (99, 9), False, _ANY_ROWS, (16, 32, 4, 2, 1, 1, 2)),
+    ((8, 0), (99, 9), True, _ANY_ROWS, (16, 32, 4, 2, 2, 1, 2)),
+)
+
+
+def select_decode(arch: tuple[int, int] | None, rows: int, cache_format: str) -> DecodeConfig:
+    """Choose the dense decode kernel.
+
+    Args:
+        arch: compute capability of the GPU, None for a CPU.
+        rows: query rows that share a request's cache, ``s_q * h_q``.
+        cache_format: name from `layout.cache_format`.
+
+    Raises:
+        ValueError: no kernel serves this call; the message says why.
+    """
+    if arch is None:
+        return DecodeConfig("reference", rows, 64, 0, 0, 1, 1, 1, "no GPU: PyTorch reference")
+    if cache_format not in ("bf16", "fp16", "fp8"):
+        raise ValueError(f"dense decode on a GPU reads bf16, fp16 and fp8 caches, not {cache_format}")
+    eight_bit = row_bytes(cache_format) == D_QK
+    for least, most, for_eight_bit, most_rows, values in _TABLE:
+        if least <= arch <= most and eight_bit == for_eight_bit and rows <= most_rows:
+            reason = f"compute capability {arch[0]}.{arch[1]}, {rows} query rows a request, {cache_format} cache"
+            return DecodeConfig("triton", *values, reason)
+    raise ValueError(f"no dense decode kernel for compute capability {arch[0]}.{arch[1]} and {rows} query rows")

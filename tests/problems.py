@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random decode problems and the comparison with the reference, for the interpreter and for a GPU."""
+
+import dataclasses
+import random
+
+import torch
+
+from vllm_fusedmla.kernels import layout, reference
+
+CACHE_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+QUERY_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
+# design: absolute, relative and cosine tolerance of out; absolute and relative tolerance of lse.
+OUT_TOLERANCE = {"bf16": (8e-4, 2.01 / 128, 5e-6), "fp16": (8e-4, 2.01 / 128, 5e-6), "fp8": (1e-3, 2.01 / 128, 5e-6)}
+LSE_TOLERANCE = (1e-6, 8.01 / 65536)
+
+
+@dataclasses.dataclass
+class Problem:
+    q: torch.Tensor  # [b, s_q, h_q, 576]
+    cache: torch.Tensor  # [num_pages, page_size, 576], NaN wherever no request's token lies
+    block_table: torch.Tensor  # [b, max_pages], an absurd page number past each request's end
+    seq_lens: torch.Tensor  # [b]
+    k_scale: torch.Tensor | float
+    cache_format: str
+
+    def arguments(self) -> tuple:
+        return self.q, self.cache, self.block_table, self.seq_lens
+
+    def expected(self, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference in float64 on the same quantised inputs."""
+        arguments = (self.q.double(), *self.arguments()[1:])
+        return reference.mla_decode(*arguments, k_scale=self.k_scale, compute_dtype=torch.float64, **options)
+
+
+def make_problem(
+    seq_lens: list[int],
+    *,
+    h_q: int,
+    s_q: int = 1,
+    page_size: int = 64,
+    cache_format: str = "bf16",
+    device: str = "cpu",
+    extra_stride: int = 0,
+    spread: float = 2.0,
+) -> Problem:
+    """A problem with shuffled pages. Values have standard deviation 0.1, scores `spread`.
+
+    Everything a kernel must not read is poison: unattended cache rows are NaN, unused block table entries point
+    outside the cache, and pages are `extra_stride` elements further apart than they need be, filled with NaN.
+    """
+    b = len(seq_lens)
+    pages = [-(-n // page_size) for n in seq_lens]
+    num_pages, max_pages = sum(pages) + 3, max([*pages, 1]) + 2
+    order = torch.randperm(num_pages)[: sum(pages)]
+    table = torch.full((b, max_pages), 2_147_480_000, dtype=torch.int32)
+    slots = []
+    for i, n in enumerate(seq_lens):
+        own, order = order[: pages[i]], order[pages[i] :]
+        table[i, : pages[i]] = own
+        position = torch.arange(n)
+        slots.append(own[position // page_size] * page_size + position % page_size)
+    dtype = CACHE_DTYPE[cache_format]
+    store = torch.full((num_pages, page_size * layout.D_QK + extra_stride), float("nan")).to(dtype).to(device)
+    cache = store[:, : page_size * layout.D_QK].unflatten(1, (page_size, layout.D_QK))
+    k_scale = torch.tensor(random.uniform(0.0005, 0.002), device=device) if cache_format == "fp8" else 1.0
+    slot_mapping = torch.cat(slots).to(device)
+    values = torch.randn(slot_mapping.numel(), layout.D_QK, device=device) * 0.1
+    layout.write_cache(values, slot_mapping, cache, k_scale)
+    # sm_scale is 576 ** -0.5, so the standard deviation of a score is that of q times that of the keys
+    q = (torch.randn(b, s_q, h_q, layout.D_QK, device=device) * spread / 0.1).to(QUERY_DTYPE[cache_format])
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
+    return Problem(q, cache, table.to(device), lens, k_scale, cache_format)
+
+
+def cosine_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """1 - cosine of the angle between the two tensors taken as vectors, in FlashMLA's symmetric form."""
+    a, b = a.double(), b.double()
+    norm = (a * a + b * b).sum().item()
+    return 0.0 if norm == 0 else 1 - 2 * (a * b).sum().item() / norm
+
+
+def assert_matches(problem: Problem, out: torch.Tensor, lse: torch.Tensor, **options) -> None:
+    """Fail unless out and lse meet the project's tolerances against the float64 reference."""
+    want, want_lse = problem.expected(**options)
+    absolute, relative, cosine = OUT_TOLERANCE[problem.cache_format]
+    assert torch.isfinite(out).all(), "out is not finite: something unattended leaked in"
+    error = (out.double() - want).abs()
+    excess = (error / torch.clamp(want.abs() * relative, min=absolute)).max().item()
+    assert excess <= 1, f"out is {excess:.2f} times its tolerance off (largest absolute error {error.max().item():.2e})"
+    difference = cosine_difference(out, want)
+    assert difference < cosine, f"cosine difference of out is {difference:.2e}"
+    finite = torch.isfinite(want_lse)
+    assert torch.equal(torch.isfinite(lse), finite), "lse must be -inf exactly where there is no key"
+    assert (lse[~finite] == -torch.inf).all()
+    if finite.any():
+        lse_error = (lse.double() - want_lse)[finite].abs()
+        allowed = torch.clamp(want_lse[finite].abs() * LSE_TOLERANCE[1], min=LSE_TOLERANCE[0])
+        assert (lse_error <= allowed).all(), f"lse is off by {lse_error.max().item():.2e}"
+
+
+def random_lengths(b: int, longest: int) -> list[int]:
+    """Ragged lengths with the edges well represented: empty, one token, and either side of tile and page ends."""
+    edges = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129]
+    return [
+        min(random.choice(edges), longest) if random.random() < 0.4 else random.randint(0, longest) for _ in range(b)
+    ]

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public Python API: MLA decode as a torch.library operator, and FlashMLA's two functions.
+
+`mla_decode` is one call; `get_mla_metadata` and `flash_mla_with_kvcache` take FlashMLA's arguments (both its generations,
+github.com/deepseek-ai/FlashMLA), so that its users switch by changing an import. CUDA tensors run the kernels, CPU
+tensors the PyTorch reference.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .kernels import layout, reference
+from .kernels.schedule import ITEM_FIELDS, ScheduleParams, TileSchedule, build_schedule
+
+MAX_H_Q = 128
+MAX_S_Q = 8
+_METADATA_WIDTH = 8  # columns of FlashMLA's tile_scheduler_metadata
+
+
+def mla_decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    sm_scale: float | None = None,
+    causal: bool = True,
+    k_scale: float | torch.Tensor | None = None,
+    batch_invariant: bool = False,
+    schedule: TileSchedule | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the last `s_q` tokens of each request over its paged MLA cache.
+
+    Args:
+        q: ``[b, s_q, h_q, 576]`` bf16 or fp16, 1 <= s_q <= 8, 1 <= h_q <= 128; latent part first, rope part last.
+        cache: ``[num_pages, page_size, 576]`` bf16 or fp16 (q's dtype), or float8_e4m3fn or uint8 with `k_scale`;
+            page_size a multiple of 16; the page stride may be larger than a page.
+        block_table: ``[b, max_pages]`` int32; entries past a request's last page are never used.
+        seq_lens: ``[b]`` int32, keys of each request including its `s_q` new tokens; 0 for an empty request.
+        sm_scale: softmax scale, ``576 ** -0.5`` by default.
+        causal: query row i sees the keys before ``seq_len - s_q + 1 + i``; without it, all keys.
+        k_scale: scale of an fp8 cache, a number or a float32 tensor of one element on q's device.
+        batch_invariant: the same bits for a request whatever else is in the batch.
+        schedule: from `decode_schedule`, to share it among calls with the same sequence lengths.
+        out: ``[b, s_q, h_q, 512]`` in q's dtype and lse ``[b, s_q, h_q]`` float32, contiguous, allocated if not given.
+
+    Returns:
+        out and lse (natural logarithm). A row without any key to attend to: out 0, lse -inf.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, stride or device.
+    """
+    _check(q, cache, block_table, seq_lens, k_scale)
+    b, s_q, h_q, _ = q.shape
+    out = q.new_empty(b, s_q, h_q, layout.D_V) if out is None else out
+    lse = torch.empty(b, s_q, h_q, dtype=torch.float32, device=q.device) if lse is None else lse
+    _require("out", out, (b, s_q, h_q, layout.D_V), "[b, s_q, h_q, 512]", q.dtype, q.device)
+    _require("lse", lse, (b, s_q, h_q), "[b, s_q, h_q]", torch.float32, q.device)
+    for name, result in (("out", out), ("lse", lse)):
+        if not result.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(result.stride())}")
+    if not isinstance(k_scale, torch.Tensor):
+        k_scale, k_scale_value = None, 1.0 if k_scale is None else float(k_scale)
+    else:
+        k_scale_value = 1.0
+    parts = (None, None, None) if schedule is None else (schedule.program_begin, schedule.items, schedule.num_splits)
+    torch.ops.fusedmla.mla_decode(
+        q, cache, block_table, seq_lens, out, lse, k_scale, k_scale_value, sm_scale, causal, batch_invariant, *parts
+    )
+    return out, lse
+
+
+@torch.library.custom_op("fusedmla::mla_decode", mutates_args=("out", "lse"))
+def _mla_decode_op(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    k_scale_value: float,
+    sm_scale: float | None,
+    causal: bool,
+    batch_invariant: bool,
+    program_begin: torch.Tensor | None,
+    items: torch.Tensor | None,
+    num_splits: torch.Tensor | None,
+) -> None:
+    scale = k_scale_value if k_scale is None else k_scale
+    options = {"sm_scale": sm_scale, "causal": causal, "k_scale": scale, "out": out, "lse": lse}
+    if q.device.type != "cuda":
+        reference.mla_decode(q, cache, block_table, seq_lens, **options)
+        return
+    from .kernels import dense_decode  # here, so that a CPU install needs no Triton
+
+    b, s_q, h_q, _ = q.shape
+    plan = dense_decode.decode_plan(s_q, h_q, layout.cache_format(cache), q.device, batch_invariant)
+    schedule = None
+    if program_begin is not None and items is not None and num_splits is not None:
+        schedule = TileSchedule(program_begin, items, num_splits)
+    dense_decode.mla_decode(q, cache, block_table, seq_lens, plan=plan, schedule=schedule, **options)
+
+
+@_mla_decode_op.register_fake
+def _(q, cache, block_table, seq_lens, out, lse, *args) -> None:
+    return None
+
+
+def decode_schedule(
+    seq_lens: torch.Tensor, s_q: int, h_q: int, cache: torch.Tensor, *, batch_invariant: bool = False
+) -> TileSchedule:
+    """Schedule of `mla_decode` for these lengths, to be shared by all layers of a step (one kernel, no host sync).
+
+    Args:
+        seq_lens: ``[b]`` int32 on the GPU.
+        s_q, h_q: of the queries to come.
+        cache: any layer's cache, for its format.
+    """
+    return build_schedule(seq_lens, _plan_params(s_q * h_q, layout.cache_format(cache), seq_lens, batch_invariant))
+
+
+def _plan_params(rows: int, cache_format: str, seq_lens: torch.Tensor, batch_invariant: bool = False) -> ScheduleParams:
+    from .kernels.dense_decode import decode_plan
+
+    return decode_plan(1, rows, cache_format, seq_lens.device, batch_invariant).params
+
+
+@dataclass
+class FlashMLASchedMeta:
+    """Scheduler metadata of FlashMLA's newer generation: filled by the first call it is given to, then reused."""
+
+    schedule: TileSchedule | None = None
+
+
+def get_mla_metadata(
+    cache_seqlens: torch.Tensor | None = None,
+    num_q_tokens_per_head_k: int | None = None,
+    num_heads_k: int = 1,
+    num_heads_q: int | None = None,
+    is_fp8_kvcache: bool = False,
+    topk: int | None = None,
+) -> tuple[torch.Tensor | FlashMLASchedMeta, torch.Tensor | None]:
+    """Scheduler metadata for `flash_mla_with_kvcache`, with FlashMLA's arguments.
+
+    Args:
+        cache_seqlens: ``[b]`` int32 on the GPU. Without it the result is an object that the first decode call fills.
+        num_q_tokens_per_head_k: ``s_q * h_q // h_k``.
+        num_heads_k: 1.
+        num_heads_q: not needed.
+        is_fp8_kvcache: whether the cache will be fp8.
+        topk: must be None; sparse attention is not part of this release.
+
+    Returns:
+        tile_scheduler_metadata, ``[n, 8]`` int32, and num_splits, ``[b + 1]`` int32; both of fixed shape for a batch
+        size, so that they can be copied into buffers of a CUDA graph. Their content is this project's own.
+    """
+    if topk is not None:
+        raise NotImplementedError("get_mla_metadata: sparse attention (topk) is not supported yet")
+    if num_heads_k != 1:
+        raise ValueError(f"num_heads_k must be 1 for MLA, got {num_heads_k}")
+    if cache_seqlens is None:
+        return FlashMLASchedMeta(), None
+    if num_q_tokens_per_head_k is None:
+        raise ValueError("num_q_tokens_per_head_k must be s_q * h_q // h_k, got None")
+    _require("cache_seqlens", cache_seqlens, (cache_seqlens.numel(),), "[b]", torch.int32, cache_seqlens.device)
+    params = _plan_params(num_q_tokens_per_head_k, "fp8" if is_fp8_kvcache else "bf16", cache_seqlens)
+    built = build_schedule(cache_seqlens, params)
+    flat = torch.cat([built.program_begin, built.items.flatten()])
+    padding = -flat.numel() % _METADATA_WIDTH
+    return torch.nn.functional.pad(flat, (0, padding)).view(-1, _METADATA_WIDTH), built.num_splits
+
+
+def _unpack_metadata(metadata: torch.Tensor, num_splits: torch.Tensor, params: ScheduleParams) -> TileSchedule:
+    flat, begin = metadata.flatten(), params.num_programs + 1
+    count = params.max_items(num_splits.numel() - 1) * ITEM_FIELDS
+    if flat.numel() < begin + count:
+        raise ValueError(
+            f"tile_scheduler_metadata must hold at least {begin + count} integers for this batch and head count, "
+            f"got {flat.numel()}: call get_mla_metadata with the same num_q_tokens_per_head_k and is_fp8_kvcache"
+        )
+    return TileSchedule(flat[:begin], flat[begin : begin + count].view(-1, ITEM_FIELDS), num_splits)
+
+
+def flash_mla_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    head_dim_v: int = layout.D_V,
+    tile_scheduler_metadata: torch.Tensor | FlashMLASchedMeta | None = None,
+    num_splits: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: torch.Tensor | None = None,
+    *,
+    descale_q: torch.Tensor | None = None,
+    descale_k: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashMLA's dense decode with its arguments.
+
+    Args:
+        q: ``[b, s_q, h_q, 576]`` bf16 or fp16; e4m3 with `descale_q` is taken too and computed in bf16.
+        k_cache: ``[num_blocks, page_block_size, 1, 576]`` bf16, fp16, or e4m3 or uint8 with `descale_k`.
+        block_table: ``[b, max_num_blocks_per_seq]`` int32.
+        cache_seqlens: ``[b]`` int32.
+        head_dim_v: 512.
+        tile_scheduler_metadata, num_splits: from `get_mla_metadata`; built here if None.
+        softmax_scale: ``576 ** -0.5`` by default.
+        causal: as in `mla_decode`; FlashMLA's default is False.
+        is_fp8_kvcache: not needed, the cache's dtype tells.
+        indices: must be None; sparse attention is not part of this release.
+        descale_q, descale_k: float32 tensors of one element.
+        out: ``[b, s_q, h_q, 512]``, allocated if not given.
+
+    Returns:
+        out ``[b, s_q, h_q, 512]`` and lse ``[b, h_q, s_q]`` float32. As in FlashMLA and unlike `mla_decode`, the lse of a
+        row without any key is +inf.
+    """
+    if indices is not None:
+        raise NotImplementedError("flash_mla_with_kvcache: sparse attention (indices) is not supported yet")
+    if head_dim_v != layout.D_V:
+        raise ValueError(f"head_dim_v must be {layout.D_V}, got {head_dim_v}")
+    if k_cache.dim() != 4 or k_cache.shape[2] != 1:
+        expected = "[num_blocks, page_block_size, 1, 576]"
+        raise ValueError(f"k_cache must have shape {expected}, got {list(k_cache.shape)}")
+    if q.dtype == torch.float8_e4m3fn:
+        q = (q.float() * (1.0 if descale_q is None else descale_q)).to(torch.bfloat16)
+    cache = k_cache.squeeze(2)
+    schedule = None
+    if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
+        if tile_scheduler_metadata.schedule is None and q.device.type == "cuda":
+            tile_scheduler_metadata.schedule = decode_schedule(cache_seqlens, q.shape[1], q.shape[2], cache)
+        schedule = tile_scheduler_metadata.schedule
+    elif tile_scheduler_metadata is not None:
+        if num_splits is None:
+            raise ValueError("num_splits must come with tile_scheduler_metadata, got None")
+        params = _plan_params(q.shape[1] * q.shape[2], layout.cache_format(cache), cache_seqlens)
+        schedule = _unpack_metadata(tile_scheduler_metadata, num_splits, params)
+    result, lse = mla_decode(
+        q,
+        cache,
+        block_table,
+        cache_seqlens,
+        sm_scale=softmax_scale,
+        causal=causal,
+        k_scale=descale_k,
+        schedule=schedule,
+        out=out,
+    )
+    return result, lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
+
+
+def _require(name, tensor, shape, meaning, dtype, device) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {meaning} = {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
+
+
+def _check(q, cache, block_table, seq_lens, k_scale) -> None:
+    """Refuse what the kernels cannot take; reads shapes and dtypes only, so it costs no synchronisation."""
+    if q.dim() != 4 or q.shape[-1] != layout.D_QK:
+        raise ValueError(f"q must have shape [b, s_q, h_q, {layout.D_QK}], got {list(q.shape)}")
+    b, s_q, h_q, _ = q.shape
+    if not 1 <= s_q <= MAX_S_Q:
+        raise ValueError(f"q must have 1 <= s_q <= {MAX_S_Q}, got s_q = {s_q} in shape {list(q.shape)}")
+    if not 1 <= h_q <= MAX_H_Q:
+        raise ValueError(f"q must have 1 <= h_q <= {MAX_H_Q}, got h_q = {h_q} in shape {list(q.shape)}")
+    on_gpu = q.device.type == "cuda"
+    dtypes = (torch.bfloat16, torch.float16) if on_gpu else (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    if q.dtype not in dtypes:
+        raise ValueError(f"q must be {' or '.join(map(str, dtypes))}, got {q.dtype}")
+    if q.stride(-1) != 1:
+        raise ValueError(f"q must be contiguous in its last dimension, got strides {list(q.stride())}")
+    name = layout.cache_format(cache)
+    if cache.shape[1] % 16:
+        raise ValueError(f"cache must have a page_size that is a multiple of 16, got {cache.shape[1]}")
+    if on_gpu and name not in ("bf16", "fp16", "fp8"):
+        raise ValueError(f"cache must be bf16, fp16 or fp8 on a GPU, got {name}")
+    if on_gpu and name != "fp8" and cache.dtype != q.dtype:
+        raise ValueError(f"cache must be fp8 or have q's dtype {q.dtype}, got {cache.dtype}")
+    if cache.stride(0) % 16:
+        raise ValueError(f"cache must have a page stride that is a multiple of 16 elements, got {cache.stride(0)}")
+    if block_table.dim() != 2 or block_table.shape[0] != b:
+        raise ValueError(f"block_table must have shape [b, max_pages] = [{b}, *], got {list(block_table.shape)}")
+    if block_table.stride(1) != 1 and block_table.shape[1] > 1:
+        raise ValueError(f"block_table must have contiguous rows, got strides {list(block_table.stride())}")
+    _require("block_table", block_table, block_table.shape, "[b, max_pages]", torch.int32, q.device)
+    _require("seq_lens", seq_lens, (b,), "[b]", torch.int32, q.device)
+    if cache.device != q.device:
+        raise ValueError(f"cache must be on q's device {q.device}, got {cache.device}")
+    if isinstance(k_scale, torch.Tensor):
+        if k_scale.numel() != 1 or k_scale.dtype != torch.float32 or k_scale.device != q.device:
+            raise ValueError(
+                f"k_scale must be one float32 on q's device {q.device}, got {list(k_scale.shape)} {k_scale.dtype} "
+                f"on {k_scale.device}"
+            )
