@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random tensors of a case: one pool of cached rows, allocated once, of which every case takes shuffled pages.
+
+Query and keys are standard normal. A logit is then a sum of 576 products times 576 ** -0.5, so standard normal too:
+the softmax over n keys is neither uniform nor one-hot, and outputs are about sqrt(e / n) in size.
+"""
+
+import dataclasses
+import itertools
+
+import torch
+
+from benchmarks.cases import D_QK, Case
+
+FP8_K_SCALE = 0.0173
+"""Scale of the fp8 cache: no power of two, and 448 * 0.0173 = 7.8 standard deviations lie inside e4m3's range."""
+_ROWS_AT_A_TIME = 1 << 16
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Tensors of one case.
+
+    Attributes:
+        case, dtype: what they are for; dtype is the cache's, "bf16" or "fp8".
+        q: ``[b, s_q, h_q, 576]`` bfloat16.
+        cache: ``[num_pages, page_size, 576]`` bfloat16, or float8_e4m3fn holding key / k_scale.
+        block_table: ``[b, max_pages]`` int32, unused entries 0.
+        seq_lens: ``[b]`` int32 on the device; `lengths` is the same on the host.
+        k_scale: 0-dim float32; 1 for bf16.
+    """
+
+    case: Case
+    dtype: str
+    q: torch.Tensor
+    cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    lengths: list[int]
+    k_scale: torch.Tensor
+    sm_scale: float = D_QK**-0.5
+
+    @property
+    def max_len(self) -> int:
+        return max(self.lengths)
+
+    def query_start(self) -> torch.Tensor:
+        """First query row of each request, and the total: ``[b + 1]`` int32."""
+        case = self.case
+        return torch.arange(0, (case.b + 1) * case.s_q, case.s_q, dtype=torch.int32, device=self.q.device)
+
+
+class Pool:
+    """Random cached rows, shared by all cases of a dtype."""
+
+    def __init__(self, rows: int, device: torch.device, seed: int = 0):
+        self._device = device
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._rows = {"bf16": torch.empty(rows, D_QK, dtype=torch.bfloat16, device=device)}
+        for chunk in self._rows["bf16"].split(_ROWS_AT_A_TIME):
+            chunk.copy_(torch.randn(chunk.shape, device=device, generator=self._generator))
+
+    @classmethod
+    def for_cases(cls, cases: list[Case], device: torch.device) -> "Pool":
+        return cls(max(sum(case.pages()) * case.page_size for case in cases), device)
+
+    def _of(self, dtype: str) -> torch.Tensor:
+        if dtype not in self._rows:
+            source = self._rows["bf16"]
+            quantised = torch.empty(source.shape, dtype=torch.float8_e4m3fn, device=self._device)
+            for chunk, target in zip(source.split(_ROWS_AT_A_TIME), quantised.split(_ROWS_AT_A_TIME), strict=True):
+                target.copy_((chunk.float() / FP8_K_SCALE).clamp(-448.0, 448.0))
+            self._rows[dtype] = quantised
+        return self._rows[dtype]
+
+    def inputs(self, case: Case, dtype: str) -> Inputs:
+        """A fresh query and page order for `case`; the cached rows are the pool's first ones."""
+        pages = case.pages()
+        total = sum(pages)
+        cache = self._of(dtype)[: total * case.page_size].view(total, case.page_size, D_QK)
+        order = torch.randperm(total, generator=self._generator, device=self._device).to(torch.int32)
+        table = torch.zeros(case.b, max(pages), dtype=torch.int32, device=self._device)
+        ends = itertools.accumulate(pages)
+        for row, (count, end) in enumerate(zip(pages, ends, strict=True)):
+            table[row, :count] = order[end - count : end]
+        lengths = case.seq_lens()
+        q = torch.randn(case.b, case.s_q, case.h_q, D_QK, device=self._device, generator=self._generator)
+        return Inputs(
+            case=case,
+            dtype=dtype,
+            q=q.to(torch.bfloat16),
+            cache=cache,
+            block_table=table,
+            seq_lens=torch.tensor(lengths, dtype=torch.int32, device=self._device),
+            lengths=lengths,
+            k_scale=torch.tensor(1.0 if dtype == "bf16" else FP8_K_SCALE, device=self._device),
+        )

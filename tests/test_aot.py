@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels compile ahead of time for every architecture we name, with both Triton versions, without a GPU."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = pathlib.Path(__file__).parent
+OPTIN_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+DECODE = [
+    {"kernel": "decode", "h_q": h_q, "s_q": s_q, "cache": cache}
+    for cache in ("bf16", "fp8")
+    for h_q, s_q in ((16, 1), (16, 2), (128, 1))
+]
+OTHERS = [
+    {"kernel": "schedule", "batch_invariant": False},
+    {"kernel": "schedule", "batch_invariant": True},
+    {"kernel": "combine", "block_d": 512},
+    {"kernel": "combine", "block_d": 128},
+]
+
+
+def compile_cases(cases: list[dict], env: dict[str, str], alt: pathlib.Path | None) -> list[dict]:
+    path = [str(HERE.parent)] + ([str(alt)] if alt else [])
+    env = env | {"PYTHONPATH": os.pathsep.join(path + [env.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, HERE / "aot.py"], input=json.dumps(cases), capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(params=["own", "second"])
+def compiler(request, child_env):
+    """compile_cases with this environment's Triton, and with the second one."""
+    alt = request.getfixturevalue("triton_alt") if request.param == "second" else None
+    return lambda cases: compile_cases(cases, child_env, alt)
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+def test_every_kernel_compiles_and_fits(capability, compiler):
+    # h_q 128 is one more decode row block on the older architectures, the same binary otherwise
+    decode = DECODE if capability == 90 else [c for c in DECODE if c["h_q"] == 16]
+    cases = [c | {"capability": capability} for c in decode + OTHERS]
+    for case, report in zip(cases, compiler(cases), strict=True):
+        assert report["shared"] <= OPTIN_SHARED[capability], (case, report)
+        assert report["registers"] <= 255, (case, report)
+
+
+def test_sm100_compiles(compiler):
+    cases = [c | {"capability": 100} for c in DECODE[:1] + OTHERS[:1]]
+    assert all(report["shared"] <= OPTIN_SHARED[100] for report in compiler(cases))
+
+
+def test_sixteen_row_kernels_on_hopper_keep_two_programs_a_multiprocessor_and_do_not_spill(compiler):
+    cases = [c | {"capability": 90} for c in DECODE if c["h_q"] * c["s_q"] == 16]
+    assert len(cases) == 2
+    for case, report in zip(cases, compiler(cases), strict=True):
+        assert report["stack"] == 0, (case, report)
+        assert 2 * (report["shared"] + 1024) <= 228 * 1024, (case, report)
+        assert 2 * 128 * report["registers"] <= 65536, (case, report)
