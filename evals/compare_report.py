@@ -28,14 +28,19 @@ def difference(a: list[Result], b: list[Result]) -> dict[str, Any]:
 
     Log-probabilities are compared over the common prefix of an answer, where both chose the same tokens from the same
     context. Where the tokens first differ, `gaps` has by how much (in log-probability) the baseline preferred its own
-    token to the other's: near 0 is a tie that rounding decided. None: the other's was not among the top ones.
+    token to the other's: near 0 is a tie that rounding decided. None: the other's was not among the top ones. A sure
+    model's chosen tokens have log-probabilities near 0 whatever happens, so the other tokens among the top ones of both
+    are compared too: the `rival` differences, whose floor is the rounding of the model's logits.
     """
     if [row["prompt_tokens"] for row in a] != [row["prompt_tokens"] for row in b]:
         raise ValueError("the answers are to different prompts")
-    diverged, gaps, errors = [], [], []
+    diverged, gaps, errors, rivals = [], [], [], []
     for one, other in zip(a, b, strict=True):
         same = _common_prefix(one["tokens"], other["tokens"])
         errors += [abs(x - y) for x, y in zip(one["logprobs"][:same], other["logprobs"][:same], strict=True)]
+        for place in range(same):
+            common = (one["top"][place].keys() & other["top"][place].keys()) - {str(one["tokens"][place])}
+            rivals += [abs(one["top"][place][token] - other["top"][place][token]) for token in common]
         if same < len(one["tokens"]):
             diverged.append(same)
             rival = one["top"][same].get(str(other["tokens"][same]))
@@ -48,6 +53,8 @@ def difference(a: list[Result], b: list[Result]) -> dict[str, Any]:
         "tokens_compared": len(errors),
         "max_logprob_difference": max(errors, default=0.0),
         "mean_logprob_difference": statistics.fmean(errors) if errors else 0.0,
+        "max_rival_difference": max(rivals, default=0.0),
+        "mean_rival_difference": statistics.fmean(rivals) if rivals else 0.0,
     }
 
 
@@ -176,8 +183,10 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 _PAIR_TEXT = (
-    "Log-probabilities are compared up to the first differing token of an answer. Gap: by how much the baseline "
-    "preferred its own token there; a small gap is a tie that rounding decided."
+    "Log-probabilities are compared up to the first differing token of an answer: the chosen tokens', which are near 0 "
+    "for a sure model, and the rivals', the other tokens among the top five of both, whose logits in bfloat16 come in "
+    "steps of 1/8 around 16. Gap: by how much the baseline preferred its own token where answers part; a small gap is a "
+    "tie that rounding decided."
 )
 
 
@@ -216,7 +225,8 @@ def _job_table(jobs: list[dict[str, Any]]) -> str:
 
 
 def _pair_table(pairs: list[dict[str, Any]]) -> str:
-    header = ["job", "against", "identical answers", "max logprob diff", "mean", "first differing tokens", "gaps there"]
+    header = ["job", "against", "identical answers", "max logprob diff", "mean", "max of rivals", "mean of rivals"]
+    header += ["first differing tokens", "gaps there"]
     lines = []
     for pair in pairs:
         gaps = ["?" if gap is None else f"{gap:.3f}" for gap in pair["gaps"]]
@@ -225,8 +235,10 @@ def _pair_table(pairs: list[dict[str, Any]]) -> str:
                 f"{pair['model']}: {pair['job']}",
                 pair["against"],
                 f"{pair['identical']} of {pair['prompts']}",
-                f"{pair['max_logprob_difference']:.4f}",
+                f"{pair['max_logprob_difference']:.1e}",
                 f"{pair['mean_logprob_difference']:.1e}",
+                f"{pair['max_rival_difference']:.3f}",
+                f"{pair['mean_rival_difference']:.4f}",
                 _first(pair["first_divergences"]),
                 _first(gaps),
             ]

@@ -144,7 +144,7 @@ def test_jobs_run_and_are_compared(tmp_path, fake_worker):
     assert pair["tokens_compared"] == 1 and pair["max_logprob_difference"] == 0.25
     assert summary["jobs"][1]["log_lines"] == ["FUSEDMLA: first decode of the fake"]
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| demo: FUSEDMLA-auto-eager | FLASHMLA-auto-eager | 0 of 1 | 0.2500 |" in text
+    assert "| demo: FUSEDMLA-auto-eager | FLASHMLA-auto-eager | 0 of 1 | 2.5e-01 |" in text
 
 
 def test_saved_jobs_are_not_run_again(tmp_path, fake_worker):
@@ -187,6 +187,14 @@ def test_difference_stops_at_the_first_other_token():
     assert found["identical"] == 1 and found["first_divergences"] == [1] and found["gaps"] == [None]
     assert found["tokens_compared"] == 3 and found["max_logprob_difference"] == pytest.approx(0.5)
     assert found["mean_logprob_difference"] == pytest.approx((0.2 + 0.0 + 0.5) / 3)
+
+
+def test_rivals_of_a_sure_model_are_compared():
+    base = [answer([1, 2], [0.0, 0.0], top=[{"1": 0.0, "5": -9.0, "6": -9.5}, {"2": 0.0, "7": -8.0}])]
+    other = [answer([1, 2], [0.0, 0.0], top=[{"1": 0.0, "5": -9.25, "9": -9.4}, {"2": 0.0, "7": -8.5}])]
+    found = compare_report.difference(base, other)
+    assert found["max_logprob_difference"] == 0.0
+    assert found["max_rival_difference"] == 0.5 and found["mean_rival_difference"] == pytest.approx(0.375)
 
 
 def test_answers_to_other_prompts_are_not_compared():
