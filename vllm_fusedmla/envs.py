@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Environment variables of this plugin, read when they are used.
+
+``from vllm_fusedmla import envs; envs.VLLM_FUSEDMLA_KERNEL`` reads the environment then, as ``vllm.envs`` does.
+`register` adds the variables to vLLM's own table, so that vLLM passes them to its workers, makes them part of its
+compilation cache's key, and does not warn about unknown variables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    VLLM_FUSEDMLA_KERNEL: str
+    VLLM_FUSEDMLA_DECODE_THRESHOLD: int
+
+MAX_DECODE_QUERY = 8
+"""Most new tokens of one request that the decode kernels take at once."""
+
+
+def _choice(name: str, default: str, choices: tuple[str, ...]) -> Callable[[], str]:
+    def read() -> str:
+        value = os.environ.get(name, default).strip().lower()
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        return value
+
+    return read
+
+
+def _integer(name: str, default: int, low: int, high: int) -> Callable[[], int]:
+    def read() -> int:
+        text = os.environ.get(name, str(default))
+        if not text.strip().isdecimal() or not low <= int(text) <= high:
+            raise ValueError(f"{name} must be an integer from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+VARIABLES: dict[str, Callable[[], Any]] = {
+    # Which implementation decodes: `auto` takes the GPU kernels on a GPU and the PyTorch reference on a CPU,
+    # `reference` takes the PyTorch reference everywhere. On a GPU that is slow and rules CUDA graphs out: it is there
+    # to tell a kernel's fault from a fault elsewhere.
+    "VLLM_FUSEDMLA_KERNEL": _choice("VLLM_FUSEDMLA_KERNEL", "auto", ("auto", "reference")),
+    # Requests with up to this many new tokens go to the decode kernel, longer ones to vLLM's prefill.
+    "VLLM_FUSEDMLA_DECODE_THRESHOLD": _integer("VLLM_FUSEDMLA_DECODE_THRESHOLD", MAX_DECODE_QUERY, 1, MAX_DECODE_QUERY),
+}
+
+
+def register(table: MutableMapping[str, Callable[[], Any]]) -> None:
+    """Add the variables to `table`, which is ``vllm.envs.environment_variables``."""
+    table.update(VARIABLES)
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        read = VARIABLES[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return read()
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *VARIABLES])

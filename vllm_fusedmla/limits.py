@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The largest decode step that an engine's configuration allows; the scratch memory and launch plans that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import compat, envs
+from .kernels import layout
+
+if TYPE_CHECKING:
+    from .kernels.dense_decode import DecodePlan
+
+_INVARIANT_WORKSPACE_BYTES = 1 << 30
+_WARM_UP_REQUESTS = 64
+"""Beside one request: enough for the launch shape that `combine` takes for many output rows."""
+
+
+def cache_format_name(kv_cache_dtype: str, model_dtype: torch.dtype) -> str:
+    """The name in `layout` of vLLM's --kv-cache-dtype for a model of `model_dtype`."""
+    if kv_cache_dtype.startswith("fp8"):
+        return "fp8"
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(kv_cache_dtype) or names[model_dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeLimits:
+    """The largest decode of one kind of layer, and what follows from it: plans and scratch memory.
+
+    Attributes:
+        requests: most requests of a step.
+        query_len: most new tokens of a request that are decoded at once.
+        max_seq_len: most keys of a request.
+        heads: query heads, after the gather of decode context parallelism.
+        dtype: of the model, and so of the query.
+        cache_format: a name of `layout`.
+        batch_invariant: whether a request's splits may depend on its own length only.
+    """
+
+    requests: int
+    query_len: int
+    max_seq_len: int
+    heads: int
+    dtype: torch.dtype
+    cache_format: str
+    batch_invariant: bool
+
+    @classmethod
+    def of(cls, vllm_config: Any, heads: int, kv_cache_dtype: str, decode_threshold: int) -> DecodeLimits:
+        """For a layer with `heads` query heads in the current process, given the engine's configuration."""
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        return cls(
+            requests=max(vllm_config.scheduler_config.max_num_seqs, captured),
+            query_len=max(decode_threshold, compat.max_decode_query_len(vllm_config)),
+            max_seq_len=vllm_config.model_config.max_model_len,
+            heads=heads,
+            dtype=vllm_config.model_config.dtype,
+            cache_format=cache_format_name(kv_cache_dtype, vllm_config.model_config.dtype),
+            batch_invariant=compat.batch_invariant(),
+        )
+
+    def plan(self, s_q: int, device: torch.device) -> DecodePlan:
+        """The launch plan for `s_q` tokens a request; an equal one at every call."""
+        from .kernels.dense_decode import decode_plan
+
+        plan = decode_plan(s_q, self.heads, self.cache_format, device, self.batch_invariant)
+        if not self.batch_invariant:
+            return plan
+        # Splits may depend on the engine's limits, never on the batch; this many always fit the scratch memory.
+        split_bytes = 4 * self.requests * s_q * self.heads * (layout.D_V + 1)
+        splits = max(1, min(plan.params.max_splits, _INVARIANT_WORKSPACE_BYTES // split_bytes))
+        return dataclasses.replace(plan, params=dataclasses.replace(plan.params, max_splits=splits))
+
+    def reserve_workspace(self, device: torch.device) -> None:
+        """Grow vLLM's scratch memory to what any step may need, so that it is in place before profiling and capture."""
+        plans = [(self.plan(s_q, device), s_q) for s_q in range(1, self.query_len + 1)]
+        shapes = [plan.workspace_shapes(self.requests, s_q, self.heads) for plan, s_q in plans]
+        largest = max(shapes, key=lambda pair: pair[0][0] * pair[0][1])
+        compat.shared_workspace([(shape, torch.float32) for shape in largest])
+
+    def warm_up(self, page_size: int, device: torch.device) -> None:
+        """Compile the kernels for every number of tokens a request, on requests without keys.
+
+        vLLM's own warm-up decodes one token a request, or as many as speculation verifies; a short prompt of another
+        length would otherwise wait for a compiler while the server runs.
+        """
+        from .kernels.dense_decode import mla_decode
+
+        # As wide as vLLM makes it: whether 16 divides the width is part of what Triton compiles for.
+        table_width = -(-self.max_seq_len // page_size)
+        dtype = torch.float8_e4m3fn if self.cache_format == "fp8" else self.dtype
+        cache = torch.zeros(1, page_size, layout.D_QK, dtype=torch.uint8, device=device)
+        cache = cache.view(dtype) if self.cache_format == "fp8" else cache.to(dtype)
+        for s_q in range(1, self.query_len + 1):
+            for b in {1, min(self.requests, _WARM_UP_REQUESTS)}:
+                q = torch.zeros(b, s_q, self.heads, layout.D_QK, dtype=self.dtype, device=device)
+                table = torch.zeros(b, table_width, dtype=torch.int32, device=device)
+                lens, scale = torch.zeros(b, dtype=torch.int32, device=device), torch.ones((), device=device)
+                mla_decode(q, cache, table, lens, k_scale=scale, plan=self.plan(s_q, device))
+
+
+def decode_threshold() -> int:
+    """Requests with up to this many new tokens are decoded, longer ones prefilled (metadata builder).
+
+    In batch-invariant mode 1: whether a short prompt could be decoded depends on the other requests' lengths.
+    """
+    return 1 if compat.batch_invariant() else envs.VLLM_FUSEDMLA_DECODE_THRESHOLD
