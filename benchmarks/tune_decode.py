@@ -68,7 +68,7 @@ def worst_error(case: Case, name: str, config: DecodeConfig) -> float:
     want, want_lse = reference.mla_decode(q.double(), cache, table, lens, k_scale=scale, compute_dtype=torch.float64)
     if not torch.equal(torch.isfinite(lse), torch.isfinite(want_lse)):
         return float("inf")
-    tolerance = torch.maximum(torch.full_like(want, 8e-4 if name != 'fp8' else 1e-3), want.abs() * 2.01 / 128)
+    tolerance = torch.maximum(torch.full_like(want, 8e-4 if name != "fp8" else 1e-3), want.abs() * 2.01 / 128)
     return ((out.double() - want).abs() / tolerance).max().item()
 
 
@@ -135,10 +135,18 @@ def main():
                 print(f"{text:22} {name:5} {label:22} {type(error_text).__name__}: {str(error_text)[:80]}")
                 continue
             flops = 2 * case.b * case.s_q * case.h_q * case.kv * (layout.D_QK + layout.D_V)
-            rows.append({"case": text, "format": name, "config": label, "us": us, "gbs": read / us / 1e3,
-                         "tflops": flops / us / 1e6, "error": error, "triton": triton.__version__})  # fmt: skip
-            print(f"{text:22} {name:5} {label:22} {us:8.1f} us {read / us / 1e3:6.0f} GB/s {flops / us / 1e6:5.0f} TF  error/tol {error:.2f}",
-                  flush=True)  # fmt: skip
+            row = {
+                "case": text,
+                "format": name,
+                "config": label,
+                "us": us,
+                "error": error,
+                "triton": triton.__version__,
+            }
+            row |= {"gbs": read / us / 1e3, "tflops": flops / us / 1e6}
+            rows.append(row)
+            speed = f"{us:8.1f} us {row['gbs']:6.0f} GB/s {row['tflops']:5.0f} TF"
+            print(f"{text:22} {name:5} {label:22} {speed}  error/tol {error:.2f}", flush=True)
             if args.json:
                 with open(args.json, "w") as file:
                     json.dump(rows, file, indent=1)

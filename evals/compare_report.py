@@ -185,8 +185,8 @@ def markdown(summary: dict[str, Any]) -> str:
 _PAIR_TEXT = (
     "Log-probabilities are compared up to the first differing token of an answer: the chosen tokens', which are near 0 "
     "for a sure model, and the rivals', the other tokens among the top five of both, whose logits in bfloat16 come in "
-    "steps of 1/8 around 16. Gap: by how much the baseline preferred its own token where answers part; a small gap is a "
-    "tie that rounding decided."
+    "steps of 1/8 around 16. Gap: by how much the baseline preferred its own token where answers part; a small gap is "
+    "a tie that rounding decided."
 )
 
 

@@ -45,9 +45,7 @@ def make_plan(config: DecodeConfig, rows: int, num_sms: int, batch_invariant: bo
     """Plan for a kernel configuration on a GPU of `num_sms` multiprocessors, `rows` = s_q * h_q."""
     row_blocks = triton.cdiv(rows, config.block_h)
     programs = max(num_sms * config.programs_per_sm // row_blocks, 1)
-    params = ScheduleParams(
-        programs, config.block_n, config.fixed_tiles, config.min_tiles, batch_invariant, max_splits
-    )
+    params = ScheduleParams(programs, config.block_n, config.fixed_tiles, config.min_tiles, batch_invariant, max_splits)
     return DecodePlan(config, params)
 
 

@@ -91,7 +91,9 @@ def pack_rows(kv: torch.Tensor, name: str, k_scale: float | torch.Tensor = 1.0) 
     return torch.cat([latent.view(torch.uint8), scales.contiguous().view(torch.uint8), rope.view(torch.uint8)], 1)
 
 
-def unpack_rows(rows: torch.Tensor, name: str, k_scale: float | torch.Tensor = 1.0, dtype=torch.float32) -> torch.Tensor:
+def unpack_rows(
+    rows: torch.Tensor, name: str, k_scale: float | torch.Tensor = 1.0, dtype=torch.float32
+) -> torch.Tensor:
     """Inverse of `pack_rows`: rows ``[..., width]`` of a cache to ``[..., 576]`` in `dtype`, exact for any scale."""
     if name == "fp8":
         return rows.view(torch.float8_e4m3fn).to(dtype) * k_scale

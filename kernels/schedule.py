@@ -10,9 +10,9 @@ tiles) followed by its tiles, and the line is divided among the programs:
 * batch-invariant: a request is cut into chunks whose size depends on its own length only, and whole chunks are dealt
   out by where they begin. Loads differ by at most one chunk; a request's result has the same bits in any batch.
 
-Every program of the scheduling kernel recomputes the prefix sums and writes its own entries, so there is no serial loop,
-no host synchronisation and no dependence on anything but `seq_lens`: safe to replay in a CUDA graph. The idea of a
-cost line with a fixed overhead per request is FlashMLA's (github.com/deepseek-ai/FlashMLA), whose scheduler walks it
+Every program of the scheduling kernel recomputes the prefix sums and writes its own entries, so there is no serial
+loop, no host synchronisation and no dependence on anything but `seq_lens`: safe to replay in a CUDA graph. The idea of
+a cost line with a fixed overhead per request is FlashMLA's (github.com/deepseek-ai/FlashMLA), whose scheduler walks it
 with one thread.
 """
 
@@ -23,7 +23,7 @@ import torch
 from .common import dependent_launch, next_power_of_2
 
 ITEM_FIELDS = 4
-"""Fields of an item: request, first tile, one past the last tile, slot of its partial result (-1: writes the result)."""
+"""Fields of an item: request, first tile, one past the last tile, slot of its partial result (-1: not split)."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def build_schedule(seq_lens: torch.Tensor, params: ScheduleParams, out: TileSche
     """Schedule a batch with one kernel launch and no host synchronisation.
 
     Args:
-        seq_lens: ``[b]`` int32 on the device, contiguous; 0 gives an item without tiles, so that the request's output is
-            still written.
+        seq_lens: ``[b]`` int32 on the device, contiguous; 0 gives an item without tiles, so that the request's output
+            is still written.
         params: the same as for the decode kernel.
         out: buffers to write, from `allocate_schedule` for at least `b` requests.
     """

@@ -69,8 +69,8 @@ def compile_decode(case: dict) -> dict:
     kernel = dense_decode._decode_kernel
     pointer = {"q_nope": "bf16", "q_rope": "bf16", "out": "bf16", "cache": ELEMENT[cache]}
     types = {n: f"*{pointer[n]}" for n in pointer}
-    types |= {n: "*i32" for n in ("block_table", "seq_lens", "program_begin", "items")}
-    types |= {n: "*fp32" for n in ("lse", "partial_out", "partial_lse", "k_scale_pointer")}
+    types |= dict.fromkeys(("block_table", "seq_lens", "program_begin", "items"), "*i32")
+    types |= dict.fromkeys(("lse", "partial_out", "partial_lse", "k_scale_pointer"), "*fp32")
     types |= {"k_scale_value": "fp32", "scale_log2": "fp32"}
     constants = {
         "S_Q": s_q, "H_Q": h_q, "PAGE_SIZE": case.get("page_size", 64), "CAUSAL": s_q > 1, "EIGHT_BIT": cache == "fp8",
@@ -86,13 +86,13 @@ def compile_schedule(case: dict) -> dict:
         "NUM_PROGRAMS": 264, "BLOCK_N": 64, "FIXED": 1, "MIN_TILES": 2, "BATCH_INVARIANT": case["batch_invariant"],
         "MAX_SPLITS": 32, "BLOCK_B": 256, "BLOCK_J": 128,
     }  # fmt: skip
-    types = {n: "*i32" for n in ("seq_lens", "program_begin", "items", "num_splits")}
+    types = dict.fromkeys(("seq_lens", "program_begin", "items", "num_splits"), "*i32")
     return compile_kernel(schedule_kernel.schedule_kernel, types, constants, case["capability"], num_warps=4)
 
 
 def compile_combine(case: dict) -> dict:
     types = {"partial_out": "*fp32", "partial_lse": "*fp32", "num_splits": "*i32", "out": "*bf16", "lse": "*fp32"}
-    constants = {"ROWS": 16, "BLOCK_S": case.get("block_s", 512), "BLOCK_D": case["block_d"], "STEP": 4096 // case["block_d"]}
+    constants = {"ROWS": 16, "BLOCK_S": 512, "BLOCK_D": case["block_d"], "STEP": 4096 // case["block_d"]}
     return compile_kernel(combine._combine_kernel, types, constants, case["capability"], num_warps=4)
 
 

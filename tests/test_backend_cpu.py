@@ -218,6 +218,7 @@ def test_decode_equals_float64(
     cache = raw.view(torch.float8_e4m3fn) if raw.dtype == torch.uint8 else raw  # what MLAAttention hands over
     q = (torch.randn(padded_tokens, HEADS, 576) * 0.3).bfloat16()
     before = metadata.decode_tokens.tokens
+    assert metadata.decode_tokens.scheduled >= padded_tokens
     out, lse = impl.forward_mqa(as_layer_query(q) if as_tuple else q, cache, meta, SimpleNamespace(_k_scale=k_scale))
     assert metadata.decode_tokens.tokens == before + padded_tokens
     assert out.shape == (padded_tokens, HEADS, 512) and out.dtype == q.dtype and out.is_contiguous()

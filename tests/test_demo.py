@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 # Answers chain-recall prompts by following the links, in one of several moods, with a child process of its own.
-STAND_IN = '''
+STAND_IN = """
 import http.server, json, subprocess, sys
 
 port, mood, *evidence = int(sys.argv[1]), *sys.argv[2:]
@@ -46,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
-'''
+"""
 
 
 def running(pid: int) -> bool:

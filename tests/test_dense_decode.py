@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-
 from problems import assert_matches, make_problem, random_lengths
 
 pytest.importorskip("triton")

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-
 from problems import assert_matches, make_problem, random_lengths
+
 from vllm_fusedmla import ops
 
 

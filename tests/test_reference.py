@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-
 from problems import make_problem, random_lengths
+
 from vllm_fusedmla.kernels import layout, reference
 
 

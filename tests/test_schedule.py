@@ -94,6 +94,7 @@ def assert_same(device: TileSchedule, host: TileSchedule) -> None:
 def test_device_kernel_equals_the_host_twin(lens, params):
     pytest.importorskip("triton")
     from conftest import NUM_GPUS
+
     from vllm_fusedmla.kernels.schedule import build_schedule
 
     device = "cuda" if NUM_GPUS else "cpu"

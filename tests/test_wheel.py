@@ -69,11 +69,14 @@ def test_content(wheel: Path, repo: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == expected
     assert {"vllm_fusedmla/py.typed", f"{DIST_INFO}/licenses/LICENSE"} <= names
     assert "__pycache__" not in " ".join(names)
-    assert entry_points.split() == (
-        "[console_scripts] fusedmla = vllm_fusedmla.__main__:main "
-        "[vllm.general_plugins] fusedmla = vllm_fusedmla.plugin:register "
-        "[vllm.platform_plugins] fusedmla = vllm_fusedmla.plugin:early_hook"
-    ).split()
+    assert (
+        entry_points.split()
+        == (
+            "[console_scripts] fusedmla = vllm_fusedmla.__main__:main "
+            "[vllm.general_plugins] fusedmla = vllm_fusedmla.plugin:register "
+            "[vllm.platform_plugins] fusedmla = vllm_fusedmla.plugin:early_hook"
+        ).split()
+    )
 
 
 def test_imports_outside_the_repository(python: Path, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 MAX_HEADS = 128
 """Most query heads of one rank, after the gather of decode context parallelism."""
+KV_TILE = 64
+"""Tokens of a KV tile of the GPU kernels (`kernels.select`)."""
 _KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3")
 
 
@@ -64,6 +66,14 @@ class FusedMLABackend(MLACommonBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Pages that hold a whole KV tile, so that a tile's addresses are one page and an offset (docs/performance.md).
+
+        vLLM's default of 16 would do, at less speed; its CPU platform asks for 16 and ignores this.
+        """
+        return default_block_size if default_block_size % KV_TILE == 0 else KV_TILE
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:

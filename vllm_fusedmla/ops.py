@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public Python API: MLA decode as a torch.library operator, and FlashMLA's two functions.
 
-`mla_decode` is one call; `get_mla_metadata` and `flash_mla_with_kvcache` take FlashMLA's arguments (both its generations,
-github.com/deepseek-ai/FlashMLA), so that its users switch by changing an import. CUDA tensors run the kernels, CPU
-tensors the PyTorch reference.
+`mla_decode` is one call; `get_mla_metadata` and `flash_mla_with_kvcache` take FlashMLA's arguments (both its
+generations, github.com/deepseek-ai/FlashMLA), so that its users switch by changing an import. CUDA tensors run the
+kernels, CPU tensors the PyTorch reference.
 """
 
 from dataclasses import dataclass
@@ -219,8 +219,8 @@ def flash_mla_with_kvcache(
         out: ``[b, s_q, h_q, 512]``, allocated if not given.
 
     Returns:
-        out ``[b, s_q, h_q, 512]`` and lse ``[b, h_q, s_q]`` float32. As in FlashMLA and unlike `mla_decode`, the lse of a
-        row without any key is +inf.
+        out ``[b, s_q, h_q, 512]`` and lse ``[b, h_q, s_q]`` float32. As in FlashMLA and unlike `mla_decode`, the lse of
+        a row without any key is +inf.
     """
     if indices is not None:
         raise NotImplementedError("flash_mla_with_kvcache: sparse attention (indices) is not supported yet")
@@ -275,7 +275,7 @@ def _check(q, cache, block_table, seq_lens, k_scale) -> None:
     if not 1 <= h_q <= MAX_H_Q:
         raise ValueError(f"q must have 1 <= h_q <= {MAX_H_Q}, got h_q = {h_q} in shape {list(q.shape)}")
     on_gpu = q.device.type == "cuda"
-    dtypes = (torch.bfloat16, torch.float16) if on_gpu else (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    dtypes = (torch.bfloat16, torch.float16) + (() if on_gpu else (torch.float32, torch.float64))
     if q.dtype not in dtypes:
         raise ValueError(f"q must be {' or '.join(map(str, dtypes))}, got {q.dtype}")
     if q.stride(-1) != 1:

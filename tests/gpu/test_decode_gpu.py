@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-
 from problems import assert_matches, make_problem, random_lengths
+
 from vllm_fusedmla import ops
 from vllm_fusedmla.kernels import dense_decode, layout
 from vllm_fusedmla.kernels.schedule import allocate_schedule, build_schedule
