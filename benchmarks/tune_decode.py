@@ -143,7 +143,7 @@ def main():
                 "error": error,
                 "triton": triton.__version__,
             }
-            row |= {"gbs": read / us / 1e3, "tflops": flops / us / 1e6}
+            row |= {"triton": triton.__version__, "gbs": read / us / 1e3, "tflops": flops / us / 1e6}
             rows.append(row)
             speed = f"{us:8.1f} us {row['gbs']:6.0f} GB/s {row['tflops']:5.0f} TF"
             print(f"{text:22} {name:5} {label:22} {speed}  error/tol {error:.2f}", flush=True)

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check FUSEDMLA together with what vLLM offers around an attention backend, on one machine with one or two GPUs.
+
+    python evals/check_features.py --gpus 2 --parallel 6 --out results/features
+    python evals/check_features.py --gpus 1 --jobs 'plain|prefix' --out results/features
+
+Every feature is an engine in processes of its own that answers the same seeded chain-recall prompts greedily: chunked
+prefill, prefix caching, tensor parallelism with forked and with spawned workers, decode context parallelism, and
+`vllm serve` over HTTP. Its tokens are compared with the right answers and with those of the plain run of the same
+model and cache dtype (one GPU, eager, whole prompts, no prefix cache), and the engine's own figures have to show that
+the feature was at work. OUT/features.md and OUT/features.json are written anew after each. Exit code 1 if one failed.
+
+Ranks talk through NCCL alone: other transports use NVLink multicast, which hosts shared with others may not allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from evals import compare_backends
+
+WORKER = compare_backends.ROOT / "evals" / "features_worker.py"
+PLAIN = "plain"
+NCCL_ONLY = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_USE_DIRECT_DCP_A2A": "0",
+    "VLLM_USE_DIRECT_DCP_Q_GATHER": "0",
+    "VLLM_USE_DIRECT_DCP_KV_GATHER": "0",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One engine to run.
+
+    Attributes:
+        name: of the result.
+        kind: what has to be seen at work: "plain", "chunked", "prefix", "tp", "dcp" or "serve".
+        options: arguments of vllm.LLM.
+        mode: "eager" or "graph" (full CUDA graphs for decode).
+        env: further environment variables.
+        gpus: how many it takes.
+        passes: how often the prompts are answered.
+    """
+
+    name: str
+    kind: str
+    model: str
+    kv_cache_dtype: str = "auto"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mode: str = "graph"
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    gpus: int = 1
+    passes: int = 1
+
+    @property
+    def plain_name(self) -> str:
+        """The run to compare with."""
+        return f"{PLAIN} {pathlib.Path(self.model).name} {self.kv_cache_dtype}"
+
+
+def features(demo: str, wide: str) -> list[Feature]:
+    """What is checked, the slowest starters first. `demo`: the shipped model; `wide`: one with more heads."""
+    two: dict[str, Any] = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
+    shared = {**two, "decode_context_parallel_size": 2}
+    chunks = {"max_num_batched_tokens": 512}
+    spawn = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    lower, by_config = {"attention_backend": "fusedmla"}, {"attention_config": {"backend": "FUSEDMLA"}}
+    cached = {"enable_prefix_caching": True}
+    found = [
+        Feature("serve", "serve", demo, "fp8"),
+        Feature("dcp2 bf16", "dcp", wide, options=shared, gpus=2),
+        Feature("dcp2 fp8, chunks", "dcp", wide, "fp8", options=shared | chunks, gpus=2),
+        Feature("dcp2 interleave 16", "dcp", demo, options=shared | {"cp_kv_cache_interleave_size": 16}, gpus=2),
+        Feature("tp2 spawn", "tp", wide, options=two | by_config, env=spawn, gpus=2),
+        Feature("tp2 spawn fp8, lower case", "tp", demo, "fp8", options=two | lower, env=spawn, gpus=2),
+        Feature("tp2 fork", "tp", wide, options=two, env=fork, gpus=2),
+        Feature("chunked, lower case", "chunked", demo, options=chunks | lower),
+        Feature("chunked fp8, attention_config", "chunked", wide, "fp8", options=chunks | by_config),
+        Feature("prefix cache, attention_config", "prefix", wide, options=cached | by_config, passes=2),
+        Feature("prefix cache fp8, lower case", "prefix", demo, "fp8", options=cached | lower, passes=2),
+    ]
+    compared = dict.fromkeys((f.model, f.kv_cache_dtype) for f in found if f.kind != "serve")
+    plain = [Feature("", PLAIN, model, dtype, mode="eager") for model, dtype in compared]
+    return found + [dataclasses.replace(feature, name=feature.plain_name) for feature in plain]
+
+
+def compare(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
+    """Answers beside the plain run's: how many have the same tokens, and the largest log-probability difference.
+
+    Differences count up to and with the first token in which two answers differ: behind it the contexts differ too.
+    """
+    same, largest = 0, 0.0
+    for row, other in zip(rows, plain, strict=True):
+        same += row["tokens"] == other["tokens"]
+        for token, token_other, a, b in zip(
+            row["tokens"], other["tokens"], row["logprobs"], other["logprobs"], strict=True
+        ):
+            if token != token_other:
+                break
+            largest = max(largest, abs(a - b))
+    return {"same": same, "of": len(rows), "max_logprob_difference": largest}
+
+
+def problems(feature: Feature, result: dict[str, Any], comparisons: list[dict[str, Any]]) -> list[str]:
+    """What speaks against the claim that FUSEDMLA worked with this feature; empty if nothing does."""
+    if "error" in result:
+        return [result["error"]]
+    if feature.kind == "serve":
+        missing = [f"the server's log has no '{mark}'" for mark, line in result["evidence"].items() if not line]
+        wrong = result["right"].count(False)
+        return missing + ([f"{wrong} of {len(result['right'])} answers wrong"] if wrong else [])
+    found, ranks = [], result["ranks"]
+    wanted = feature.options.get("tensor_parallel_size", 1)
+    if len(ranks) != wanted:
+        found.append(f"{len(ranks)} ranks, not {wanted}")
+    method = {"fork": "ForkProcess", "spawn": "SpawnProcess"}.get(feature.env.get("VLLM_WORKER_MULTIPROC_METHOD", ""))
+    for number, rank in enumerate(ranks):
+        checks = {
+            f"attention by {rank['impls']}": rank["impls"] == ["FusedMLAImpl"],
+            f"configured backend {rank['configured_backend']}": rank["configured_backend"] == "FUSEDMLA",
+            "FUSEDMLA decoded nothing": rank["fusedmla"].get("tokens", 0) > 0 and rank["steps"].get("decode", 0) > 0,
+            f"process is a {rank['process']}": method is None or rank["process"] == method,
+            "no CUDA graph was replayed": feature.mode == "eager" or rank["graph_replays"] > 0,
+        }
+        if feature.kind == "dcp":
+            size = feature.options["decode_context_parallel_size"]
+            checks[f"decode context parallel size {rank['dcp']}"] = rank["dcp"] == [size]
+        if (limit := feature.options.get("max_num_batched_tokens")) is not None:
+            most = rank["most_tokens_in_a_step"]
+            checks[f"{most} tokens in a step"] = most <= limit
+            checks["no step had decodes and prefills"] = rank["steps"].get("mixed", 0) > 0
+            checks["no prompt went on in a second step"] = rank["steps"].get("context", 0) > 0
+        found += [f"rank {number}: {what}" for what, good in checks.items() if not good]
+    cached = [one["cached_tokens"] for one in result["passes"]]
+    if feature.kind == "prefix" and not cached[-1] > cached[0]:
+        found.append(f"the second pass found {cached[-1]} cached tokens")
+    if not comparisons:
+        found.append("there is no plain run to compare with")
+    for one in comparisons:
+        if one["same"] != one["of"]:
+            found.append(f"{one['of'] - one['same']} of {one['of']} answers differ from the plain run's")
+    return found
+
+
+def summarise(todo: list[Feature], results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each feature that has run."""
+    rows = []
+    for feature in todo:
+        result = results.get(feature.name)
+        if result is None:
+            continue
+        plain = results.get(feature.plain_name, {}).get("passes")
+        passes = result.get("passes", [])
+        comparisons = [compare(one["answers"], plain[0]["answers"]) for one in passes] if plain else []
+        row: dict[str, Any] = {
+            "feature": feature.name,
+            "model": pathlib.Path(feature.model).name,
+            "kv_cache_dtype": feature.kv_cache_dtype,
+            "mode": "default" if feature.kind == "serve" else feature.mode,
+            "options": feature.options,
+            "env": feature.env,
+            "right": [sum(answer["right"] for answer in one["answers"]) for one in passes],
+            "cached_tokens": [one["cached_tokens"] for one in passes],
+            "against_plain": comparisons,
+            "problems": problems(feature, result, comparisons),
+        }
+        names = ("ranks", "start_seconds", "seconds", "evidence", "command")
+        row |= {name: result[name] for name in names if name in result}
+        if feature.kind == "serve" and "right" in result:
+            row["right"] = [sum(result["right"])]
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """The table of the rows, and what the machine was."""
+    versions = next((row["ranks"][0]["versions"] for row in rows if row.get("ranks")), {})
+    about = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines = [
+        "# FUSEDMLA with vLLM's features",
+        "",
+        f"{about}. {settings['prompts']} prompts to {settings['max_prompt']} tokens, {settings['max_tokens']} answer "
+        f"tokens each, greedy, seed {settings['seed']}. `plain`: one GPU, eager, whole prompts, no prefix cache.",
+        "",
+        "| feature | model | KV cache | right | same tokens as plain | max logprob difference | seen at work | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        against = row["against_plain"]
+        cells = [
+            row["feature"],
+            row["model"],
+            row["kv_cache_dtype"],
+            " / ".join(map(str, row["right"])),
+            " / ".join(f"{one['same']} of {one['of']}" for one in against) or "-",
+            " / ".join(f"{one['max_logprob_difference']:.4f}" for one in against) or "-",
+            seen(row),
+            "; ".join(row["problems"]).replace("|", "/") or "PASS",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def seen(row: dict[str, Any]) -> str:
+    """What the engine's own figures say, in a few words."""
+    if not row.get("ranks"):
+        return "first decode in the server's log" if all(row.get("evidence", {"": ""}).values()) else "-"
+    rank = row["ranks"][0]
+    processes = sorted({rank["process"] for rank in row["ranks"]})
+    parts = [f"{len(row['ranks'])} x {'/'.join(processes)}", f"{rank['graph_replays']} graph replays"]
+    parts += [f"{count} {kind} steps" for kind, count in sorted(rank["steps"].items())]
+    if rank["dcp"] != [1]:
+        parts.append(f"DCP {rank['dcp'][0]}")
+    if any(row["cached_tokens"]):
+        parts.append(f"{' / '.join(map(str, row['cached_tokens']))} cached tokens")
+    return ", ".join(parts)
+
+
+def run(feature: Feature, gpu: int | None, args: argparse.Namespace, plugin: str | None) -> dict[str, Any]:
+    """Run one feature in a process group of its own; its saved result. `gpu`: the one that it shall see, None: all."""
+    stem = args.out / "runs" / re.sub(r"[^a-z0-9]+", "-", feature.name.lower())
+    path, log = stem.with_suffix(".json"), stem.with_suffix(".log")
+    path.unlink(missing_ok=True)
+    about = dataclasses.asdict(feature) | {"serve": feature.kind == "serve", "timeout": args.timeout}
+    about["log"] = f"{stem}-server.log"
+    env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join(
+        part for part in (str(compare_backends.ROOT), plugin or "", env.get("PYTHONPATH", "")) if part
+    )
+    # Functions travel to the ranks, which report what they did.
+    env |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **NCCL_ONLY, **feature.env}
+    env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if gpu is not None:
+        env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    begin = time.monotonic()
+    with log.open("w") as output:
+        request = json.dumps({"feature": about, "settings": compare_backends.settings(args)})
+        process = subprocess.Popen(
+            [sys.executable, str(WORKER), request, str(path)],
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        ended = "exit code"
+        try:
+            process.wait(args.timeout)
+        except subprocess.TimeoutExpired:
+            ended = f"timed out after {args.timeout:.0f} s, exit code"
+        finally:
+            compare_backends._end_group(process)
+    result = json.loads(path.read_text()) if path.exists() else {"error": f"{ended} {process.returncode}"}
+    return {**result, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo-model", default="evals/models/demo", metavar="PATH")
+    parser.add_argument("--wide-model", default="evals/models/heads16", metavar="PATH", help="one with more heads")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--jobs", metavar="REGEX", help="only features whose name matches")
+    parser.add_argument("--gpus", type=int, default=1, help="features that take more are left out")
+    parser.add_argument("--parallel", type=int, default=1, help="engines at a time")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one engine")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs (on a CPU)")
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--max-prompt", type=int, default=8192, help="longest prompt and answer in tokens")
+    parser.add_argument("--max-tokens", type=int, default=32, help="answer length")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kv-cache-gib", type=float, default=2.0, help="KV cache of each engine and GPU")
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    return parser.parse_args(argv, argparse.Namespace(block_size=None))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    todo = [feature for feature in features(args.demo_model, args.wide_model) if feature.gpus <= args.gpus]
+    todo = [feature for feature in todo if args.jobs is None or re.search(args.jobs, feature.name)]
+    if args.eager:
+        todo = [dataclasses.replace(feature, mode="eager") for feature in todo]
+    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    plugin = compare_backends.plugin_path()
+    results: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
+    with concurrent.futures.ThreadPoolExecutor(max(args.parallel, 1)) as pool:
+        futures = {}
+        for number, feature in enumerate(todo):
+            gpu = number % args.gpus if feature.gpus < args.gpus else None
+            futures[pool.submit(run, feature, gpu, args, plugin)] = feature
+        for future in concurrent.futures.as_completed(futures):
+            feature = futures[future]
+            results[feature.name] = future.result()
+            print(f"{feature.name}: {results[feature.name].get('error', 'ran')}", flush=True)
+            rows = summarise(todo, results)
+            (args.out / "features.json").write_text(json.dumps(rows, indent=1) + "\n")
+            (args.out / "features.md").write_text(markdown(rows, compare_backends.settings(args)))
+    print("\n" + markdown(rows, compare_backends.settings(args)))
+    return 1 if any(row["problems"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
