@@ -116,17 +116,17 @@ class FusedMLA(Provider):
 
     def load(self) -> str:
         try:
-            from vllm_fusedmla.kernels import dense_decode, schedule
+            from vllm_fusedmla.kernels import dense_decode, plan, schedule
         except ImportError as error:
             raise Unavailable(f"vllm_fusedmla does not import: {error}") from error
-        self._decode, self._schedule = dense_decode, schedule
+        self._decode, self._plan, self._schedule = dense_decode, plan, schedule
         import vllm_fusedmla
 
         return f"vllm_fusedmla {vllm_fusedmla.__version__}"
 
     def prepare(self, x: Inputs) -> Prepared:
         case, device = x.case, x.q.device
-        plan = self._decode.decode_plan(case.s_q, case.h_q, x.dtype, device)
+        plan = self._plan.decode_plan(case.s_q, case.h_q, x.dtype, device)
         tiles = self._schedule.build_schedule(x.seq_lens, plan.params)
         shapes = plan.workspace_shapes(case.b, case.s_q, case.h_q)
         workspace = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)

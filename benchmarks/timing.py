@@ -120,9 +120,9 @@ class Timer:
         if self.device.type != "cuda":
             times = []
             for _ in range(self.reps):
-                start = time.perf_counter()
+                begin = time.perf_counter()
                 captured.replay()
-                times.append((time.perf_counter() - start) * 1e6)
+                times.append((time.perf_counter() - begin) * 1e6)
             return self._timing(times, captured.method, None)
         marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.reps + WARM_UP)]
         for start, end in marks:

@@ -16,6 +16,7 @@ import torch
 import triton
 
 from vllm_fusedmla.kernels import dense_decode, layout, reference
+from vllm_fusedmla.kernels.plan import make_plan
 from vllm_fusedmla.kernels.schedule import build_schedule
 from vllm_fusedmla.kernels.select import DecodeConfig
 
@@ -53,9 +54,9 @@ class Case:
         return q, cache, table
 
 
-def make_plan(case: Case, config: DecodeConfig):
+def plan_of(case: Case, config: DecodeConfig):
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    return dense_decode.make_plan(config, case.s_q * case.h_q, sms, False)
+    return make_plan(config, case.s_q * case.h_q, sms, False)
 
 
 def worst_error(case: Case, name: str, config: DecodeConfig) -> float:
@@ -64,7 +65,7 @@ def worst_error(case: Case, name: str, config: DecodeConfig) -> float:
     lens = torch.tensor([0, 1, 63, 700, min(case.kv, 3000) + 1], dtype=torch.int32, device="cuda")
     q, cache, table = small.inputs(name, lens, poison=True)
     scale = torch.tensor(0.5, device="cuda") if name == "fp8" else 1.0
-    out, lse = dense_decode.mla_decode(q, cache, table, lens, k_scale=scale, plan=make_plan(small, config))
+    out, lse = dense_decode.mla_decode(q, cache, table, lens, k_scale=scale, plan=plan_of(small, config))
     want, want_lse = reference.mla_decode(q.double(), cache, table, lens, k_scale=scale, compute_dtype=torch.float64)
     if not torch.equal(torch.isfinite(lse), torch.isfinite(want_lse)):
         return float("inf")
@@ -119,7 +120,7 @@ def main():
             label = ",".join(str(v) for v in dataclasses.astuple(config)[1:-1])
             try:
                 error = worst_error(case, name, config)
-                plan = make_plan(case, config)
+                plan = plan_of(case, config)
                 shapes = plan.workspace_shapes(case.b, case.s_q, case.h_q)
                 work = tuple(torch.empty(s, dtype=torch.float32, device="cuda") for s in shapes)
                 out = torch.empty(case.b, case.s_q, case.h_q, layout.D_V, dtype=torch.bfloat16, device="cuda")

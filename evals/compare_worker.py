@@ -75,7 +75,7 @@ class DecodeRecorder:
             self.replays += 1
             replay(graph)
 
-        torch.cuda.CUDAGraph.replay = counted_replay  # type: ignore[method-assign]
+        torch.cuda.CUDAGraph.replay = counted_replay  # type: ignore[method-assign, assignment]
 
     def _wrap(self, builder: Any) -> None:
         original = builder._build_decode

@@ -141,7 +141,8 @@ def serve(feature: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     if not pathlib.Path(command[0]).exists():  # vLLM lies on PYTHONPATH, without its command
         command[:1] = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
     # A fixed amount of memory, so that other engines may start beside it.
-    command += ["--kv-cache-memory-bytes", str(int(settings["kv_cache_gib"] * 2**30)), "--gpu-memory-utilization", "0.1"]
+    memory = int(settings["kv_cache_gib"] * 2**30)
+    command += ["--kv-cache-memory-bytes", str(memory), "--gpu-memory-utilization", "0.1"]
     log = pathlib.Path(feature["log"])
     rng = random.Random(settings["seed"])
     with demo.server(command, log) as process:

@@ -12,9 +12,6 @@ query is scaled into float16's range by a power of two per row, P in float16 is 
 `k_scale` is applied to the scores and to the output, never to the elements of the tile.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -22,40 +19,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import layout
 from .combine import combine
-from .common import LOG2_E, dependent_launch, device_facts, interpreted
+from .common import LOG2_E, dependent_launch, interpreted
+from .plan import DecodePlan, decode_plan
 from .reference import split_query
-from .schedule import ScheduleParams, TileSchedule, build_schedule
-from .select import DecodeConfig, select_decode
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """Everything about a launch that does not depend on the sequence lengths."""
-
-    config: DecodeConfig
-    params: ScheduleParams
-
-    def workspace_shapes(self, b: int, s_q: int, h_q: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the float32 partial outputs and log-sum-exps that splitting may need."""
-        slots = self.params.max_slots(b)
-        return (slots, s_q * h_q, layout.D_V), (slots, s_q * h_q)
-
-
-def make_plan(config: DecodeConfig, rows: int, num_sms: int, batch_invariant: bool, max_splits: int = 32) -> DecodePlan:
-    """Plan for a kernel configuration on a GPU of `num_sms` multiprocessors, `rows` = s_q * h_q."""
-    row_blocks = triton.cdiv(rows, config.block_h)
-    programs = max(num_sms * config.programs_per_sm // row_blocks, 1)
-    params = ScheduleParams(programs, config.block_n, config.fixed_tiles, config.min_tiles, batch_invariant, max_splits)
-    return DecodePlan(config, params)
-
-
-@lru_cache(maxsize=256)
-def decode_plan(
-    s_q: int, h_q: int, cache_format: str, device: torch.device, batch_invariant: bool = False
-) -> DecodePlan:
-    """Plan for a launch shape; the same for every batch size, so that captured graphs may share buffers."""
-    arch, num_sms = device_facts(device)
-    return make_plan(select_decode(arch, s_q * h_q, cache_format), s_q * h_q, num_sms, batch_invariant)
+from .schedule import TileSchedule, build_schedule
 
 
 def mla_decode(
@@ -69,7 +36,7 @@ def mla_decode(
     k_scale: float | torch.Tensor = 1.0,
     plan: DecodePlan | None = None,
     schedule: TileSchedule | None = None,
-    workspace: tuple[torch.Tensor, torch.Tensor] | None = None,
+    workspace: tuple[torch.Tensor, ...] | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +51,7 @@ def mla_decode(
         sm_scale: softmax scale, ``576 ** -0.5`` by default.
         causal: query row i sees the keys before ``seq_len - s_q + 1 + i``; without it, all keys.
         k_scale: scale of an `fp8` cache, a number or a float32 tensor of one element on the device.
-        plan: from `decode_plan`, chosen if not given.
+        plan: from `plan.decode_plan`, chosen if not given.
         schedule: from `schedule.build_schedule` with ``plan.params``, built if not given.
         workspace: float32 tensors of at least ``plan.workspace_shapes``, allocated if not given.
         out: ``[b, s_q, h_q, 512]`` in q's dtype, contiguous; lse: ``[b, s_q, h_q]`` float32, contiguous.

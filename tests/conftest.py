@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-SESSION_SEED = int(os.environ.get("FUSEDMLA_TEST_SEED") or secrets.randbits(32))
+RUN_SEED = int(os.environ.get("FUSEDMLA_TEST_SEED") or secrets.randbits(32))
 
 
 def _count_gpus() -> int:
@@ -57,7 +57,7 @@ else:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     alt = os.environ.get("FUSEDMLA_TRITON_ALT", "none")
     kernels = "on the GPU" if NUM_GPUS else "in Triton's interpreter"
-    return [f"FUSEDMLA_TEST_SEED={SESSION_SEED}, GPUs: {NUM_GPUS}, kernels run {kernels}, second Triton: {alt}"]
+    return [f"FUSEDMLA_TEST_SEED={RUN_SEED}, GPUs: {NUM_GPUS}, kernels run {kernels}, second Triton: {alt}"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -75,14 +75,14 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        report.sections.append(("seed", f"FUSEDMLA_TEST_SEED={SESSION_SEED} reproduces this run"))
+        report.sections.append(("seed", f"FUSEDMLA_TEST_SEED={RUN_SEED} reproduces this run"))
     return report
 
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """The test's own seed: from the run's seed and the test's name, so that it does not depend on the tests before."""
-    return (SESSION_SEED ^ zlib.crc32(request.node.nodeid.encode())) & 0x7FFFFFFF
+    return (RUN_SEED ^ zlib.crc32(request.node.nodeid.encode())) & 0x7FFFFFFF
 
 
 @pytest.fixture(autouse=True)

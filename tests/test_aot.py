@@ -14,12 +14,12 @@ pytest.importorskip("triton")
 HERE = pathlib.Path(__file__).parent
 OPTIN_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
-DECODE = [
+DECODE: list[dict] = [
     {"kernel": "decode", "h_q": h_q, "s_q": s_q, "cache": cache}
     for cache in ("bf16", "fp8")
     for h_q, s_q in ((16, 1), (16, 2), (128, 1))
 ]
-OTHERS = [
+OTHERS: list[dict] = [
     {"kernel": "schedule", "batch_invariant": False},
     {"kernel": "schedule", "batch_invariant": True},
     {"kernel": "combine", "block_d": 512},

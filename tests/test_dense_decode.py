@@ -9,6 +9,7 @@ from problems import assert_matches, make_problem, random_lengths
 
 pytest.importorskip("triton")
 from vllm_fusedmla.kernels import dense_decode  # noqa: E402
+from vllm_fusedmla.kernels.plan import make_plan  # noqa: E402
 from vllm_fusedmla.kernels.select import select_decode  # noqa: E402
 
 HEADS = [1, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128]
@@ -18,7 +19,7 @@ def plan_for(problem, batch_invariant=False, num_sms=3):
     """A plan with few programs, so that small problems are split as large ones are on a GPU."""
     rows = problem.q.shape[1] * problem.q.shape[2]
     config = select_decode((9, 0), rows, problem.cache_format)
-    return dense_decode.make_plan(config, rows, num_sms, batch_invariant, max_splits=4)
+    return make_plan(config, rows, num_sms, batch_invariant, max_splits=4)
 
 
 def decode(problem, q=None, **options):

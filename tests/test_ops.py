@@ -121,6 +121,8 @@ def test_flash_mla_refuses_what_it_does_not_have(problem):
         ops.get_mla_metadata(lens, 8, 2)
     with pytest.raises(ValueError, match="num_q_tokens_per_head_k must be"):
         ops.get_mla_metadata(lens)
+    with pytest.raises(ValueError, match="cache_seqlens must be on a GPU, got cpu"):
+        ops.get_mla_metadata(lens.cpu(), 8, 1)
 
 
 def test_random_problems_through_the_public_api(device):

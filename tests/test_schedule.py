@@ -31,7 +31,7 @@ def pieces_of(schedule: TileSchedule) -> list[list[int]]:
 @given(lengths, parameters)
 def test_every_tile_of_every_request_is_covered_once_in_order(lens, params):
     schedule = build_schedule_host(torch.tensor(lens), params)
-    reached = {}
+    reached: dict[int, int] = {}
     for request, begin, end, _ in pieces_of(schedule):
         assert begin == reached.get(request, 0)
         assert end > begin or lens[request] == 0

@@ -83,7 +83,7 @@ def run_schedule(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from . import draw_schedule, shapes
-    from .kernels.dense_decode import make_plan
+    from .kernels.plan import make_plan
     from .kernels.select import select_decode
     from .ops import MAX_H_Q, MAX_S_Q
 

@@ -9,7 +9,7 @@ combination across decode-context-parallel ranks. This package adds the decode: 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
@@ -20,12 +20,10 @@ from vllm.v1.attention.backend import AttentionType, MultipleOf
 
 from . import compat, envs
 from .kernels import layout, reference
+from .kernels.plan import DecodePlan
 from .kernels.select import select_decode
 from .limits import DecodeLimits, cache_format_name, decode_threshold
 from .metadata import FusedMLAMetadata, FusedMLAMetadataBuilder, decode_tokens, uses_reference
-
-if TYPE_CHECKING:
-    from .kernels.dense_decode import DecodePlan
 
 logger = init_logger(f"vllm.{__name__}")
 

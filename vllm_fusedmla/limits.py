@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import compat, envs
 from .kernels import layout
-
-if TYPE_CHECKING:
-    from .kernels.dense_decode import DecodePlan
+from .kernels.plan import DecodePlan, decode_plan
 
 _INVARIANT_WORKSPACE_BYTES = 1 << 30
 _WARM_UP_REQUESTS = 64
@@ -65,8 +63,6 @@ class DecodeLimits:
 
     def plan(self, s_q: int, device: torch.device) -> DecodePlan:
         """The launch plan for `s_q` tokens a request; an equal one at every call."""
-        from .kernels.dense_decode import decode_plan
-
         plan = decode_plan(s_q, self.heads, self.cache_format, device, self.batch_invariant)
         if not self.batch_invariant:
             return plan

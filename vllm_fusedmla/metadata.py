@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.attention.mla_attention import (
@@ -17,11 +17,9 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from . import envs
+from .kernels.plan import DecodePlan
 from .kernels.schedule import ScheduleParams, TileSchedule, allocate_schedule, build_schedule
 from .limits import DecodeLimits, decode_threshold
-
-if TYPE_CHECKING:
-    from .kernels.dense_decode import DecodePlan
 
 
 class DecodeCounter:

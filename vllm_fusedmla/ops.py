@@ -7,10 +7,12 @@ kernels, CPU tensors the PyTorch reference.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .kernels import layout, reference
+from .kernels.plan import decode_plan
 from .kernels.schedule import ITEM_FIELDS, ScheduleParams, TileSchedule, build_schedule
 
 MAX_H_Q = 128
@@ -91,14 +93,14 @@ def _mla_decode_op(
     num_splits: torch.Tensor | None,
 ) -> None:
     scale = k_scale_value if k_scale is None else k_scale
-    options = {"sm_scale": sm_scale, "causal": causal, "k_scale": scale, "out": out, "lse": lse}
+    options: dict[str, Any] = {"sm_scale": sm_scale, "causal": causal, "k_scale": scale, "out": out, "lse": lse}
     if q.device.type != "cuda":
         reference.mla_decode(q, cache, block_table, seq_lens, **options)
         return
     from .kernels import dense_decode  # here, so that a CPU install needs no Triton
 
     b, s_q, h_q, _ = q.shape
-    plan = dense_decode.decode_plan(s_q, h_q, layout.cache_format(cache), q.device, batch_invariant)
+    plan = decode_plan(s_q, h_q, layout.cache_format(cache), q.device, batch_invariant)
     schedule = None
     if program_begin is not None and items is not None and num_splits is not None:
         schedule = TileSchedule(program_begin, items, num_splits)
@@ -124,8 +126,6 @@ def decode_schedule(
 
 
 def _plan_params(rows: int, cache_format: str, seq_lens: torch.Tensor, batch_invariant: bool = False) -> ScheduleParams:
-    from .kernels.dense_decode import decode_plan
-
     return decode_plan(1, rows, cache_format, seq_lens.device, batch_invariant).params
 
 
@@ -167,6 +167,8 @@ def get_mla_metadata(
     if num_q_tokens_per_head_k is None:
         raise ValueError("num_q_tokens_per_head_k must be s_q * h_q // h_k, got None")
     _require("cache_seqlens", cache_seqlens, (cache_seqlens.numel(),), "[b]", torch.int32, cache_seqlens.device)
+    if cache_seqlens.device.type != "cuda":
+        raise ValueError(f"cache_seqlens must be on a GPU, got {cache_seqlens.device}; the reference needs no metadata")
     params = _plan_params(num_q_tokens_per_head_k, "fp8" if is_fp8_kvcache else "bf16", cache_seqlens)
     built = build_schedule(cache_seqlens, params)
     flat = torch.cat([built.program_begin, built.items.flatten()])

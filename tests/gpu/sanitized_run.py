@@ -5,6 +5,7 @@ import torch
 from problems import assert_matches, make_problem
 
 from vllm_fusedmla.kernels import dense_decode
+from vllm_fusedmla.kernels.plan import decode_plan
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
                 [0, 1, 200, 700], h_q=h_q, s_q=s_q, page_size=page_size, cache_format=cache_format, device="cuda"
             )  # fmt: skip
             q = problem.q
-            plan = dense_decode.decode_plan(s_q, h_q, cache_format, q.device, batch_invariant)
+            plan = decode_plan(s_q, h_q, cache_format, q.device, batch_invariant)
             out, lse = dense_decode.mla_decode(*problem.arguments(), k_scale=problem.k_scale, plan=plan)
             torch.cuda.synchronize()
             assert_matches(problem, out, lse)

@@ -11,6 +11,7 @@ from problems import assert_matches, make_problem, random_lengths
 
 from vllm_fusedmla import ops
 from vllm_fusedmla.kernels import dense_decode, layout
+from vllm_fusedmla.kernels.plan import decode_plan
 from vllm_fusedmla.kernels.schedule import allocate_schedule, build_schedule
 
 HEADS = [1, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128]
@@ -19,7 +20,7 @@ SOAK_SECONDS = float(os.environ.get("FUSEDMLA_SOAK_SECONDS", "20"))
 
 def decode(problem, batch_invariant=False, **options):
     q = problem.q
-    plan = dense_decode.decode_plan(q.shape[1], q.shape[2], problem.cache_format, q.device, batch_invariant)
+    plan = decode_plan(q.shape[1], q.shape[2], problem.cache_format, q.device, batch_invariant)
     return dense_decode.mla_decode(*problem.arguments(), k_scale=problem.k_scale, plan=plan, **options)
 
 
@@ -68,7 +69,7 @@ def test_cuda_graph_follows_new_lengths_without_allocation(cache_format):
     b, h_q, s_q = 6, 16, 2
     problem = make_problem([3000] * b, h_q=h_q, s_q=s_q, cache_format=cache_format, device="cuda")
     q, cache, table, lens = problem.arguments()
-    plan = dense_decode.decode_plan(s_q, h_q, cache_format, q.device)
+    plan = decode_plan(s_q, h_q, cache_format, q.device)
     schedule = allocate_schedule(plan.params, b, "cuda")
     workspace = tuple(torch.empty(s, device="cuda") for s in plan.workspace_shapes(b, s_q, h_q))
     out = torch.empty(b, s_q, h_q, 512, dtype=q.dtype, device="cuda")

@@ -22,7 +22,7 @@ def test_compute_sanitizer_finds_nothing(tool, child_env):
     filters = [f"--kernel-name=kernel_substring={name}" for name in KERNELS]
     # Triton 3.8 sets a function attribute that the driver refuses and does not mind: an API error, not an access.
     options = [f"--tool={tool}", "--error-exitcode=9", "--report-api-errors=no", *filters]
-    command = [sanitizer, *options, sys.executable, HERE / "sanitized_run.py"]
+    command = [sanitizer, *options, sys.executable, str(HERE / "sanitized_run.py")]
     env = child_env | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     report = done.stdout + done.stderr
