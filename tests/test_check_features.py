@@ -49,7 +49,7 @@ def judge(name, result):
 
 def test_every_compared_feature_has_its_plain_run():
     compared = [feature for feature in FEATURES.values() if feature.kind not in (PLAIN, "serve")]
-    assert len(compared) == 10
+    assert len(compared) == 11
     for feature in compared:
         plain = FEATURES[feature.plain_name]
         same = (plain.model, plain.kv_cache_dtype) == (feature.model, feature.kv_cache_dtype)
@@ -186,3 +186,15 @@ def test_the_table_names_verdict_and_versions():
     assert all(line.count("|") == len(features_report.COLUMNS) + 1 for line in lines)
     assert "PASS" in lines[2] and "0 / 100 cached tokens" in lines[2] and "2 of 2 / 2 of 2" in lines[2]
     assert "attention by []" in lines[3]
+
+
+@pytest.mark.parametrize(("binding", "taken"), [(None, "base"), ("off", "base"), ("on", "bound")])
+def test_reduce_scatter_falls_back_where_the_nccl_binding_is_off(monkeypatch, binding, taken):
+    pytest.importorskip("vllm")
+    fallback = pytest.importorskip("evals.nccl_fallback")
+    monkeypatch.setattr(fallback, "_bound", lambda self, tensor, dim: ("bound", tensor, dim))
+    base = fallback.DeviceCommunicatorBase
+    monkeypatch.setattr(base, "reduce_scatter", lambda self, tensor, dim: ("base", tensor, dim))
+    communicator = object.__new__(fallback.CudaCommunicator)
+    communicator.pynccl_comm = None if binding is None else SimpleNamespace(disabled=binding == "off")
+    assert communicator.reduce_scatter("rows", 1) == (taken, "rows", 1)

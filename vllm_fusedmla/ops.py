@@ -13,7 +13,7 @@ import torch
 
 from .kernels import layout, reference
 from .kernels.plan import decode_plan
-from .kernels.schedule import ITEM_FIELDS, ScheduleParams, TileSchedule, build_schedule
+from .kernels.schedule import ITEM_FIELDS, ScheduleParams, TileSchedule, build_schedule, build_schedule_host
 
 MAX_H_Q = 128
 MAX_S_Q = 8
@@ -118,11 +118,17 @@ def decode_schedule(
     """Schedule of `mla_decode` for these lengths, to be shared by all layers of a step (one kernel, no host sync).
 
     Args:
-        seq_lens: ``[b]`` int32 on the GPU.
+        seq_lens: ``[b]`` int32 on q's device.
         s_q, h_q: of the queries to come.
         cache: any layer's cache, for its format.
     """
-    return build_schedule(seq_lens, _plan_params(s_q * h_q, layout.cache_format(cache), seq_lens, batch_invariant))
+    return _schedule(seq_lens, s_q * h_q, layout.cache_format(cache), batch_invariant)
+
+
+def _schedule(seq_lens: torch.Tensor, rows: int, cache_format: str, batch_invariant: bool = False) -> TileSchedule:
+    params = _plan_params(rows, cache_format, seq_lens, batch_invariant)
+    on_gpu = seq_lens.device.type == "cuda"  # on a CPU nothing reads it, but callers may shape buffers by it
+    return build_schedule(seq_lens, params) if on_gpu else build_schedule_host(seq_lens, params)
 
 
 def _plan_params(rows: int, cache_format: str, seq_lens: torch.Tensor, batch_invariant: bool = False) -> ScheduleParams:
@@ -147,7 +153,7 @@ def get_mla_metadata(
     """Scheduler metadata for `flash_mla_with_kvcache`, with FlashMLA's arguments.
 
     Args:
-        cache_seqlens: ``[b]`` int32 on the GPU. Without it the result is an object that the first decode call fills.
+        cache_seqlens: ``[b]`` int32. Without it the result is an object that the first decode call fills.
         num_q_tokens_per_head_k: ``s_q * h_q // h_k``.
         num_heads_k: 1.
         num_heads_q: not needed.
@@ -167,10 +173,7 @@ def get_mla_metadata(
     if num_q_tokens_per_head_k is None:
         raise ValueError("num_q_tokens_per_head_k must be s_q * h_q // h_k, got None")
     _require("cache_seqlens", cache_seqlens, (cache_seqlens.numel(),), "[b]", torch.int32, cache_seqlens.device)
-    if cache_seqlens.device.type != "cuda":
-        raise ValueError(f"cache_seqlens must be on a GPU, got {cache_seqlens.device}; the reference needs no metadata")
-    params = _plan_params(num_q_tokens_per_head_k, "fp8" if is_fp8_kvcache else "bf16", cache_seqlens)
-    built = build_schedule(cache_seqlens, params)
+    built = _schedule(cache_seqlens, num_q_tokens_per_head_k, "fp8" if is_fp8_kvcache else "bf16")
     flat = torch.cat([built.program_begin, built.items.flatten()])
     padding = -flat.numel() % _METADATA_WIDTH
     return torch.nn.functional.pad(flat, (0, padding)).view(-1, _METADATA_WIDTH), built.num_splits
