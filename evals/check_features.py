@@ -47,7 +47,9 @@ NCCL_ONLY = {
 def features(demo: str, wide: str) -> list[Feature]:
     """What is checked, the slowest starters first. `demo`: the shipped model; `wide`: one with more heads."""
     two: dict[str, Any] = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
-    shared = {**two, "decode_context_parallel_size": 2}
+    extension = {"worker_extension_cls": "evals.nccl_fallback.WorkerExtension"}
+    shared = {**two, **extension, "decode_context_parallel_size": 2}
+    exchanged = {**shared, "dcp_comm_backend": "a2a"}
     chunks = {"max_num_batched_tokens": 512}
     spawn = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
@@ -57,6 +59,7 @@ def features(demo: str, wide: str) -> list[Feature]:
         Feature("serve", "serve", demo, "fp8"),
         Feature("dcp2 bf16", "dcp", wide, options=shared, gpus=2),
         Feature("dcp2 fp8, chunks", "dcp", wide, "fp8", options=shared | chunks, gpus=2),
+        Feature("dcp2 a2a", "dcp", wide, options=exchanged, gpus=2),
         Feature("dcp2 interleave 16", "dcp", demo, options=shared | {"cp_kv_cache_interleave_size": 16}, gpus=2),
         Feature("tp2 spawn", "tp", wide, options=two | by_config, env=spawn, gpus=2),
         Feature("tp2 spawn fp8, lower case", "tp", demo, "fp8", options=two | lower, env=spawn, gpus=2),
@@ -71,13 +74,26 @@ def features(demo: str, wide: str) -> list[Feature]:
     return found + [dataclasses.replace(feature, name=feature.plain_name) for feature in plain]
 
 
+def result_path(feature: Feature, args: argparse.Namespace) -> pathlib.Path:
+    """Where a feature's result is saved."""
+    return args.out / "runs" / (re.sub(r"[^a-z0-9]+", "-", feature.name.lower()) + ".json")
+
+
+def report(args: argparse.Namespace, todo: list[Feature], results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write features.json and features.md from the features that have run; the rows."""
+    rows = summarise(todo, results)
+    (args.out / "features.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (args.out / "features.md").write_text(markdown(rows, compare_backends.settings(args)))
+    return rows
+
+
 def run(feature: Feature, gpu: int | None, args: argparse.Namespace, plugin: str | None) -> dict[str, Any]:
     """Run one feature in a process group of its own; its saved result. `gpu`: the one that it shall see, None: all."""
-    stem = args.out / "runs" / re.sub(r"[^a-z0-9]+", "-", feature.name.lower())
-    path, log = stem.with_suffix(".json"), stem.with_suffix(".log")
+    path = result_path(feature, args)
+    log = path.with_suffix(".log")
     path.unlink(missing_ok=True)
     about = dataclasses.asdict(feature) | {"serve": feature.kind == "serve", "timeout": args.timeout}
-    about["log"] = f"{stem}-server.log"
+    about["log"] = str(path.with_suffix(".server.log"))
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(
         part for part in (str(compare_backends.ROOT), plugin or "", env.get("PYTHONPATH", "")) if part
@@ -105,7 +121,9 @@ def run(feature: Feature, gpu: int | None, args: argparse.Namespace, plugin: str
         finally:
             compare_backends._end_group(process)
     result = json.loads(path.read_text()) if path.exists() else {"error": f"{ended} {process.returncode}"}
-    return {**result, "seconds": round(time.monotonic() - begin, 1)}
+    result["seconds"] = round(time.monotonic() - begin, 1)
+    path.write_text(json.dumps(result) + "\n")
+    return result
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -118,6 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=1, help="engines at a time")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one engine")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs (on a CPU)")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report from OUT/runs")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--max-prompt", type=int, default=8192, help="longest prompt and answer in tokens")
     parser.add_argument("--max-tokens", type=int, default=32, help="answer length")
@@ -136,19 +155,21 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
     plugin = compare_backends.plugin_path()
     results: dict[str, dict[str, Any]] = {}
-    rows: list[dict[str, Any]] = []
+    if args.report:
+        saved = {feature.name: result_path(feature, args) for feature in todo}
+        results = {name: json.loads(path.read_text()) for name, path in saved.items() if path.exists()}
+        todo = [feature for feature in todo if feature.name in results]
     with concurrent.futures.ThreadPoolExecutor(max(args.parallel, 1)) as pool:
         futures = {}
-        for number, feature in enumerate(todo):
+        for number, feature in enumerate([] if args.report else todo):
             gpu = number % args.gpus if feature.gpus < args.gpus else None
             futures[pool.submit(run, feature, gpu, args, plugin)] = feature
         for future in concurrent.futures.as_completed(futures):
             feature = futures[future]
             results[feature.name] = future.result()
             print(f"{feature.name}: {results[feature.name].get('error', 'ran')}", flush=True)
-            rows = summarise(todo, results)
-            (args.out / "features.json").write_text(json.dumps(rows, indent=1) + "\n")
-            (args.out / "features.md").write_text(markdown(rows, compare_backends.settings(args)))
+            report(args, todo, results)
+    rows = report(args, todo, results)
     print("\n" + markdown(rows, compare_backends.settings(args)))
     return 1 if any(row["problems"] for row in rows) else 0
 

@@ -81,8 +81,18 @@ def rank_report(worker: Any) -> dict[str, Any]:
         "most_tokens_in_a_step": _recorder.most_tokens,
         "graph_replays": _recorder.graphs.replays,
         "fusedmla": compare_worker.fusedmla_counters(),
+        "nccl_binding": nccl_binding(),
         "versions": compare_worker.versions(),
     }
+
+
+def nccl_binding() -> bool | None:
+    """Whether vLLM's own NCCL binding is in use (None: one rank), see `nccl_fallback`."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    binding = getattr(group.device_communicator, "pynccl_comm", None)
+    return None if group.world_size == 1 else binding is not None and not binding.disabled
 
 
 def engine_options(feature: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
