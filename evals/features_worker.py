@@ -148,8 +148,6 @@ def serve(feature: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
     port = demo.free_port()
     command = demo.serve_command(port, feature["kv_cache_dtype"], on_gpu=feature["mode"] != "eager")
-    if not pathlib.Path(command[0]).exists():  # vLLM lies on PYTHONPATH, without its command
-        command[:1] = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
     # A fixed amount of memory, so that other engines may start beside it.
     memory = int(settings["kv_cache_gib"] * 2**30)
     command += ["--kv-cache-memory-bytes", str(memory), "--gpu-memory-utilization", "0.1"]

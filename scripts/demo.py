@@ -46,7 +46,9 @@ class DemoError(Exception):
 
 def serve_command(port: int, kv_cache_dtype: str, on_gpu: bool) -> list[str]:
     """The server's command line."""
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL), "--attention-backend", "FUSEDMLA"]
+    script = Path(sys.executable).with_name("vllm")
+    vllm = [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]  # the same thing
+    command = [*vllm, "serve", str(MODEL), "--attention-backend", "FUSEDMLA"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--kv-cache-dtype", kv_cache_dtype]
     command += ["--max-model-len", "2048", "--max-num-seqs", "8"]
     # A GPU server runs as in production, with CUDA graphs. torch.compile on a CPU needs a C++ compiler and minutes.

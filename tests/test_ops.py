@@ -50,6 +50,7 @@ def test_flash_mla_functions(device):
     want, want_lse = ops.mla_decode(q, cache, table, lens, causal=False)
     newer = ops.get_mla_metadata()
     older = ops.get_mla_metadata(lens, 4, 1)
+    assert isinstance(older[0], torch.Tensor) and isinstance(older[1], torch.Tensor)
     assert older[0].dtype == older[1].dtype == torch.int32 and older[0].shape[1] == 8 and older[1].shape == (4,)
     for given in [newer, newer, older, (None, None)]:
         out, lse = ops.flash_mla_with_kvcache(q, cache.unsqueeze(2), table, lens, 512, *given)

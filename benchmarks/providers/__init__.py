@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels that are compared, behind one interface (`base`), a file a project."""
+
+from benchmarks.providers.base import Prepared as Prepared
+from benchmarks.providers.base import Provider
+from benchmarks.providers.base import Unavailable as Unavailable
+from benchmarks.providers.base import Unsupported as Unsupported
+from benchmarks.providers.fa3 import FlashAttention3, FlashAttention3Schedule, FlashAttention3Splits32
+from benchmarks.providers.flashinfer_fa3 import FlashInfer
+from benchmarks.providers.flashmla import FlashMLA, FlashMLASchedule, SglFlashMLA
+from benchmarks.providers.fusedmla import FusedMLA, FusedMLANoSchedule
+from benchmarks.providers.reference import Reference
+from benchmarks.providers.triton_mla import TritonMLA
+
+ALL: dict[str, type[Provider]] = {
+    provider.name: provider
+    for provider in (
+        FusedMLA,
+        FusedMLANoSchedule,
+        FlashMLA,
+        FlashMLASchedule,
+        SglFlashMLA,
+        FlashAttention3,
+        FlashAttention3Splits32,
+        FlashAttention3Schedule,
+        FlashInfer,
+        TritonMLA,
+        Reference,
+    )
+}
+DEFAULT = ("fusedmla", "fusedmla-noschedule", "flashmla", "fa3", "flashinfer", "triton_mla")
+FALLBACKS = {"flashmla": "sgl-flashmla", "flashmla-schedule": "sgl-flashmla"}
+"""What stands in for a provider that is not available."""

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This project's kernels."""
+
+import os
+
+import torch
+
+from benchmarks.cases import D_V
+from benchmarks.inputs import Inputs
+from benchmarks.providers.base import Prepared, Provider, Unavailable
+
+
+class FusedMLA(Provider):
+    """This project's kernel: schedule, split-KV decode and combine."""
+
+    name = "fusedmla"
+    dtypes: tuple[str, ...] = ("bf16", "fp8")
+    strict = True
+    timed_schedule = True
+
+    def runs_on_cpu(self) -> bool:
+        return os.environ.get("TRITON_INTERPRET") == "1"
+
+    def load(self) -> str:
+        try:
+            from vllm_fusedmla.kernels import dense_decode, plan, schedule
+        except ImportError as error:
+            raise Unavailable(f"vllm_fusedmla does not import: {error}") from error
+        self._decode, self._plan, self._schedule = dense_decode, plan, schedule
+        import vllm_fusedmla
+
+        return f"vllm_fusedmla {vllm_fusedmla.__version__}"
+
+    def prepare(self, x: Inputs) -> Prepared:
+        case, device = x.case, x.q.device
+        plan = self._plan.decode_plan(case.s_q, case.h_q, x.dtype, device)
+        tiles = self._schedule.build_schedule(x.seq_lens, plan.params)
+        shapes = plan.workspace_shapes(case.b, case.s_q, case.h_q)
+        workspace = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+        out = torch.empty(case.b, case.s_q, case.h_q, D_V, dtype=x.q.dtype, device=device)
+        lse = torch.empty(case.b, case.s_q, case.h_q, dtype=torch.float32, device=device)
+
+        def call():
+            if self.timed_schedule:
+                self._schedule.build_schedule(x.seq_lens, plan.params, out=tiles)
+            return self._decode.mla_decode(
+                x.q,
+                x.cache,
+                x.block_table,
+                x.seq_lens,
+                sm_scale=x.sm_scale,
+                k_scale=x.k_scale,
+                plan=plan,
+                schedule=tiles,
+                workspace=workspace,
+                out=out,
+                lse=lse,
+            )
+
+        chosen = plan.config
+        config = (
+            f"{chosen.kernel} {chosen.block_h}x{chosen.block_n} warps {chosen.num_warps} stages {chosen.num_stages} "
+            f"programs/SM {chosen.programs_per_sm}"
+        )
+        schedule = "timed" if self.timed_schedule else "prebuilt"
+        return Prepared(call, lambda result: (result[0], result[1]), schedule, config=config)
+
+
+class FusedMLANoSchedule(FusedMLA):
+    """The same with the schedule built beforehand, as vLLM does once a step for all layers."""
+
+    name = "fusedmla-noschedule"
+    timed_schedule = False
