@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .kernels.schedule import ScheduleParams, build_schedule_host
 from .shapes import FAINT, GRID, HEIGHT, INK, PAPER, WIDTH, Line, Rect, Shape, Text
 
-LEFT, RIGHT, TOP, BOTTOM = 56, 200, 112, 52
+LEFT, RIGHT, TOP, BOTTOM = 56, 220, 112, 52
 COLOURS = ("#2f6fb2", "#e07a3f", "#3a9d6c", "#c9485b", "#7d5fb8", "#d9a92e", "#3fa7b8", "#a0694f")
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 LEGEND_ROWS = 15
