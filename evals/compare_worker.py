@@ -15,7 +15,8 @@ import random
 import sys
 import time
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -272,26 +273,23 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main() -> int:
+def work(task: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
+    """Run `task` on the request of the command line, save its result or its error, and end the process."""
     request, path = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
+    code = 0
     try:
-        result = run(request)
+        result = task(request)
     except BaseException as error:
+        traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
         # An engine's failure often arrives wrapped; the log beside the result has the rest.
-        failed = {**request, "status": "error", "error": f"{type(error).__name__}: {lines[0]}"[:400]}
-        path.write_text(json.dumps(failed))
-        raise
+        result = {**request, "status": "error", "error": f"{type(error).__name__}: {lines[0]}"[:400]}
+        code = 1
     path.write_text(json.dumps(result))
-    return 0
-
-
-if __name__ == "__main__":
-    code = 1
-    try:
-        code = main()
-    except BaseException:
-        traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # the result is saved; an engine's orderly end takes seconds and may hang
+
+
+if __name__ == "__main__":
+    work(run)

@@ -6,14 +6,11 @@ python evals/features_worker.py '{"feature": {...}, "settings": {...}}' RESULT.j
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import pathlib
 import re
 import sys
 import time
-import traceback
 from collections import Counter
 from typing import Any
 
@@ -165,28 +162,14 @@ def serve(feature: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {"start_seconds": round(started, 1), "right": right, "evidence": evidence, "command": " ".join(shown)}
 
 
-def main() -> int:
-    request, path = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """One feature: its request as `check_features` writes it."""
     feature, settings = request["feature"], request["settings"]
-    try:
-        result = (serve if feature["serve"] else generate_twice)(feature, settings)
-    except BaseException as error:
-        lines = str(error).strip().splitlines() or [""]
-        path.write_text(json.dumps({"error": f"{type(error).__name__}: {lines[0]}"[:400]}))
-        raise
-    path.write_text(json.dumps(result))
-    return 0
+    return (serve if feature["serve"] else generate_twice)(feature, settings)
 
 
 if __name__ == "__main__":
-    code = 1
-    try:
-        # By its importable name: functions that travel to the ranks must be found there.
-        from evals import features_worker
+    # By its importable name: functions that travel to the ranks must be found there.
+    from evals import features_worker
 
-        code = features_worker.main()
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # the result is saved; an engine's orderly end takes seconds and may hang
+    compare_worker.work(features_worker.run)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel serves a call, with which tile sizes: one table. Pure Python, so that tools can ask without a GPU."""
+"""Which kernel serves a call, with which tile sizes: one table. Pure Python: tools can ask without a GPU or torch."""
 
 from dataclasses import dataclass
 
-from .layout import D_QK, row_bytes
+MAX_H_Q = 128
+"""Most query heads."""
+MAX_S_Q = 8
+"""Most query tokens of a request."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class DecodeConfig:
     reason: str
 
 
-_ANY_ROWS = 8 * 128
+_ANY_ROWS = MAX_S_Q * MAX_H_Q
 
 # First row that fits wins. Rows for 9.0 were chosen by measurement on an H200 (docs/performance.md). The others keep
 # within 99 KiB of shared memory, what compute capability 8.6, 8.9 and 12.0 offer, and were compiled, not timed.
@@ -46,6 +49,8 @@ _TABLE = (
     ((8, 0), (99, 9), False, _ANY_ROWS, (16, 32, 4, 2, 1, 1, 2)),
     ((8, 0), (99, 9), True, _ANY_ROWS, (16, 32, 4, 2, 2, 1, 2)),
 )
+LARGEST_TILE = max(values[1] for *_, values in _TABLE)
+"""Tokens of the largest KV tile: pages of a multiple of it hold whole tiles of every kernel."""
 
 
 def select_decode(arch: tuple[int, int] | None, rows: int, cache_format: str) -> DecodeConfig:
@@ -63,9 +68,8 @@ def select_decode(arch: tuple[int, int] | None, rows: int, cache_format: str) ->
         return DecodeConfig("reference", rows, 64, 0, 0, 1, 1, 1, "no GPU: PyTorch reference")
     if cache_format not in ("bf16", "fp16", "fp8"):
         raise ValueError(f"dense decode on a GPU reads bf16, fp16 and fp8 caches, not {cache_format}")
-    eight_bit = row_bytes(cache_format) == D_QK
     for least, most, for_eight_bit, most_rows, values in _TABLE:
-        if least <= arch <= most and eight_bit == for_eight_bit and rows <= most_rows:
+        if least <= arch <= most and (cache_format == "fp8") == for_eight_bit and rows <= most_rows:
             reason = f"compute capability {arch[0]}.{arch[1]}, {rows} query rows a request, {cache_format} cache"
             return DecodeConfig("triton", *values, reason)
     raise ValueError(f"no dense decode kernel for compute capability {arch[0]}.{arch[1]} and {rows} query rows")

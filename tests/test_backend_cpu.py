@@ -26,8 +26,9 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import MLAAttentionSpec  # noqa: E402
 from vllm.v1.worker import workspace  # noqa: E402
 
-from vllm_fusedmla import backend, compat, envs, limits, metadata, ops, plugin  # noqa: E402
+from vllm_fusedmla import backend, compat, envs, limits, metadata, plugin  # noqa: E402
 from vllm_fusedmla.kernels import layout  # noqa: E402
+from vllm_fusedmla.kernels.select import MAX_S_Q  # noqa: E402
 
 if not current_platform.is_cpu():
     pytest.skip("needs vLLM's CPU build", allow_module_level=True)
@@ -259,7 +260,7 @@ def test_scratch_memory_is_reserved_for_the_largest_step(vllm_config: Any, as_on
     else:
         make_builder(vllm_config)
     workspace.lock_workspace()
-    largest = limits.DecodeLimits.of(vllm_config, HEADS, "auto", envs.MAX_DECODE_QUERY)
+    largest = limits.DecodeLimits.of(vllm_config, HEADS, "auto", MAX_S_Q)
     for b, s_q in ((8, 1), (8, 8), (1, 8)):
         shapes = largest.plan(s_q, torch.device("cpu")).workspace_shapes(b, s_q, HEADS)
         tensors = compat.shared_workspace([(shape, torch.float32) for shape in shapes])
@@ -301,11 +302,7 @@ def test_kernels_are_compiled_before_the_first_request(
 
     monkeypatch.setattr(dense_decode, "mla_decode", watch)
     make_builder(vllm_config, "fp8")
-    assert launched == {(s_q, HEADS, PAGE, 576) for s_q in range(1, envs.MAX_DECODE_QUERY + 1)}
-
-
-def test_limits_are_the_kernels() -> None:
-    assert (envs.MAX_DECODE_QUERY, backend.MAX_HEADS) == (ops.MAX_S_Q, ops.MAX_H_Q)
+    assert launched == {(s_q, HEADS, PAGE, 576) for s_q in range(1, MAX_S_Q + 1)}
 
 
 def test_graph_support(vllm_config: Any, as_on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

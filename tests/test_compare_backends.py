@@ -255,12 +255,15 @@ def test_the_worker_saves_its_failure(tmp_path, monkeypatch):
     def fail(request):
         raise RuntimeError("engine core failed\nsee above")
 
-    monkeypatch.setattr(compare_worker, "run", fail)
+    monkeypatch.setattr(compare_worker.os, "_exit", sys.exit)
     monkeypatch.setattr(sys, "argv", ["compare_worker.py", json.dumps({"name": "j"}), str(result)])
-    with pytest.raises(RuntimeError):
-        compare_worker.main()
+    with pytest.raises(SystemExit, match="1"):
+        compare_worker.work(fail)
     assert json.loads(result.read_text()) == {
         "name": "j",
         "status": "error",
         "error": "RuntimeError: engine core failed",
     }
+    with pytest.raises(SystemExit, match="0"):
+        compare_worker.work(lambda request: request | {"status": "ok"})
+    assert json.loads(result.read_text()) == {"name": "j", "status": "ok"}

@@ -95,6 +95,7 @@ def broken(problem, **changes):
         ({"block_table": lambda t: t.T.contiguous().T}, "block_table must have contiguous rows"),
         ({"seq_lens": lambda t: t[:2]}, "seq_lens must have shape [b] = [3], got [2]"),
         ({"seq_lens": lambda t: t.long()}, "seq_lens must be torch.int32, got torch.int64"),
+        ({"seq_lens": lambda t: t.repeat_interleave(2)[::2]}, "seq_lens must be contiguous, got stride 2"),
     ],
 )
 def test_wrong_arguments_are_named(problem, changes, message):
@@ -112,6 +113,19 @@ def test_wrong_outputs_and_scales_are_named(problem):
         ops.mla_decode(*problem.arguments(), k_scale=torch.ones(2, device=problem.q.device))
 
 
+def test_a_schedule_of_another_launch_is_refused(problem):
+    q, cache, table, lens = problem.arguments()
+    shared = ops.decode_schedule(lens, 2, 4, cache)
+    want, want_lse = ops.mla_decode(q, cache, table, lens)
+    out, lse = ops.mla_decode(q, cache, table, lens, schedule=shared)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    for other in (ops.decode_schedule(lens[:2], 2, 4, cache), ops.decode_schedule(lens, 8, 128, cache)):
+        with pytest.raises(ValueError, match="schedule must come from decode_schedule with this batch size"):
+            ops.mla_decode(q, cache, table, lens, schedule=other)
+    with pytest.raises(ValueError, match="schedule must come from decode_schedule"):
+        ops.mla_decode(q, cache, table, lens, schedule=shared, batch_invariant=True)
+
+
 def test_flash_mla_refuses_what_it_does_not_have(problem):
     q, cache, table, lens = problem.arguments()
     with pytest.raises(ValueError, match=re.escape("[num_blocks, page_block_size, 1, 576]")):
@@ -124,6 +138,8 @@ def test_flash_mla_refuses_what_it_does_not_have(problem):
         ops.get_mla_metadata(lens, 8, 2)
     with pytest.raises(ValueError, match="num_q_tokens_per_head_k must be"):
         ops.get_mla_metadata(lens)
+    with pytest.raises(ValueError, match="cache_seqlens must be contiguous"):
+        ops.get_mla_metadata(lens.repeat_interleave(2)[::2], 8, 1)
 
 
 def test_random_problems_through_the_public_api(device):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from vllm_fusedmla import compat, envs, plugin
+from vllm_fusedmla.kernels.select import MAX_S_Q
 
 HAS_VLLM = compat.vllm_version() is not None
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
@@ -249,7 +250,7 @@ class TestEnvironment:
     def test_defaults_and_values(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in envs.VARIABLES:
             monkeypatch.delenv(name, raising=False)
-        assert (envs.VLLM_FUSEDMLA_KERNEL, envs.VLLM_FUSEDMLA_DECODE_THRESHOLD) == ("auto", envs.MAX_DECODE_QUERY)
+        assert (envs.VLLM_FUSEDMLA_KERNEL, envs.VLLM_FUSEDMLA_DECODE_THRESHOLD) == ("auto", MAX_S_Q)
         monkeypatch.setenv("VLLM_FUSEDMLA_KERNEL", "Reference")
         monkeypatch.setenv("VLLM_FUSEDMLA_DECODE_THRESHOLD", "2")
         assert (envs.VLLM_FUSEDMLA_KERNEL, envs.VLLM_FUSEDMLA_DECODE_THRESHOLD) == ("reference", 2)

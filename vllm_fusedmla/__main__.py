@@ -84,8 +84,7 @@ def run_schedule(args: argparse.Namespace) -> int:
 
     from . import draw_schedule, shapes
     from .kernels.plan import make_plan
-    from .kernels.select import select_decode
-    from .ops import MAX_H_Q, MAX_S_Q
+    from .kernels.select import MAX_H_Q, MAX_S_Q, select_decode
 
     if args.heads > MAX_H_Q or args.s_q > MAX_S_Q:
         raise ValueError(f"heads must be at most {MAX_H_Q} and s-q at most {MAX_S_Q}, got {args.heads} and {args.s_q}")

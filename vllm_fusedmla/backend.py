@@ -18,19 +18,15 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend,
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 
-from . import compat, envs
+from . import compat
 from .kernels import layout, reference
 from .kernels.plan import DecodePlan
-from .kernels.select import select_decode
+from .kernels.select import LARGEST_TILE, MAX_H_Q, MAX_S_Q, select_decode
 from .limits import DecodeLimits, cache_format_name, decode_threshold
 from .metadata import FusedMLAMetadata, FusedMLAMetadataBuilder, decode_tokens, uses_reference
 
 logger = init_logger(f"vllm.{__name__}")
 
-MAX_HEADS = 128
-"""Most query heads of one rank, after the gather of decode context parallelism."""
-KV_TILE = 64
-"""Tokens of a KV tile of the GPU kernels (`kernels.select`)."""
 _KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3")
 
 
@@ -71,7 +67,7 @@ class FusedMLABackend(MLACommonBackend):
 
         vLLM's default of 16 would do, at less speed; its CPU platform asks for 16 and ignores this.
         """
-        return default_block_size if default_block_size % KV_TILE == 0 else KV_TILE
+        return default_block_size if default_block_size % LARGEST_TILE == 0 else LARGEST_TILE
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
@@ -104,8 +100,8 @@ class FusedMLABackend(MLACommonBackend):
             return f"a {kv_cache_dtype} KV cache needs a {kv_cache_dtype} model, not {_name(dtype)}"
         vllm_config = get_current_vllm_config_or_none()
         longest = 1 if vllm_config is None else compat.max_decode_query_len(vllm_config)
-        if longest > envs.MAX_DECODE_QUERY:
-            return f"it decodes at most {envs.MAX_DECODE_QUERY} tokens a request, speculation asks for {longest}"
+        if longest > MAX_S_Q:
+            return f"it decodes at most {MAX_S_Q} tokens a request, speculation asks for {longest}"
         if device_capability is None:
             return None if current_platform.is_cpu() else "it runs on NVIDIA GPUs and CPUs only"
         if not current_platform.is_cuda():
@@ -180,7 +176,7 @@ class FusedMLAImpl(MLACommonImpl[FusedMLAMetadata]):
             "a logits soft cap": logits_soft_cap,
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
             f"kv_lora_rank {self.kv_lora_rank} (512 only)": self.kv_lora_rank != layout.D_V,
-            f"{heads} query heads on one rank (at most {MAX_HEADS})": heads > MAX_HEADS,
+            f"{heads} query heads on one rank (at most {MAX_H_Q})": heads > MAX_H_Q,
         }
         for what, present in refused.items():
             if present:

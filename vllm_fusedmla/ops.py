@@ -14,9 +14,8 @@ import torch
 from .kernels import layout, reference
 from .kernels.plan import decode_plan
 from .kernels.schedule import ITEM_FIELDS, ScheduleParams, TileSchedule, build_schedule, build_schedule_host
+from .kernels.select import MAX_H_Q, MAX_S_Q
 
-MAX_H_Q = 128
-MAX_S_Q = 8
 _METADATA_WIDTH = 8  # columns of FlashMLA's tile_scheduler_metadata
 
 
@@ -45,8 +44,9 @@ def mla_decode(
         sm_scale: softmax scale, ``576 ** -0.5`` by default.
         causal: query row i sees the keys before ``seq_len - s_q + 1 + i``; without it, all keys.
         k_scale: scale of an fp8 cache, a number or a float32 tensor of one element on q's device.
-        batch_invariant: the same bits for a request whatever else is in the batch.
-        schedule: from `decode_schedule`, to share it among calls with the same sequence lengths.
+        batch_invariant: the same bits for a request whatever else is in the batch; takes about 64 KiB of scratch
+            memory for each of the b x s_q x h_q query rows.
+        schedule: from `decode_schedule` with the same arguments, to share it among calls with the same lengths.
         out: ``[b, s_q, h_q, 512]`` in q's dtype and lse ``[b, s_q, h_q]`` float32, contiguous, allocated if not given.
 
     Returns:
@@ -68,6 +68,8 @@ def mla_decode(
         k_scale, k_scale_value = None, 1.0 if k_scale is None else float(k_scale)
     else:
         k_scale_value = 1.0
+    if schedule is not None:
+        _check_schedule(schedule, b, _plan_params(s_q * h_q, layout.cache_format(cache), seq_lens, batch_invariant))
     parts = (None, None, None) if schedule is None else (schedule.program_begin, schedule.items, schedule.num_splits)
     torch.ops.fusedmla.mla_decode(
         q, cache, block_table, seq_lens, out, lse, k_scale, k_scale_value, sm_scale, causal, batch_invariant, *parts
@@ -173,6 +175,8 @@ def get_mla_metadata(
     if num_q_tokens_per_head_k is None:
         raise ValueError("num_q_tokens_per_head_k must be s_q * h_q // h_k, got None")
     _require("cache_seqlens", cache_seqlens, (cache_seqlens.numel(),), "[b]", torch.int32, cache_seqlens.device)
+    if not cache_seqlens.is_contiguous():
+        raise ValueError(f"cache_seqlens must be contiguous, got stride {cache_seqlens.stride(0)}")
     built = _schedule(cache_seqlens, num_q_tokens_per_head_k, "fp8" if is_fp8_kvcache else "bf16")
     flat = torch.cat([built.program_begin, built.items.flatten()])
     padding = -flat.numel() % _METADATA_WIDTH
@@ -270,6 +274,17 @@ def _require(name, tensor, shape, meaning, dtype, device) -> None:
         raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
 
 
+def _check_schedule(schedule: TileSchedule, b: int, params: ScheduleParams) -> None:
+    """Refuse the schedule of another launch: its slots may lie outside this launch's scratch memory."""
+    got = [list(part.shape) for part in (schedule.program_begin, schedule.items, schedule.num_splits)]
+    expected = [[params.num_programs + 1], [params.max_items(b), ITEM_FIELDS], [b + 1]]
+    if got != expected:
+        raise ValueError(
+            "schedule must come from decode_schedule with this batch size, s_q, h_q, cache format and batch_invariant: "
+            f"shapes of program_begin, items and num_splits {expected}, got {got}"
+        )
+
+
 def _check(q, cache, block_table, seq_lens, k_scale) -> None:
     """Refuse what the kernels cannot take; reads shapes and dtypes only, so it costs no synchronisation."""
     if q.dim() != 4 or q.shape[-1] != layout.D_QK:
@@ -300,6 +315,8 @@ def _check(q, cache, block_table, seq_lens, k_scale) -> None:
         raise ValueError(f"block_table must have contiguous rows, got strides {list(block_table.stride())}")
     _require("block_table", block_table, block_table.shape, "[b, max_pages]", torch.int32, q.device)
     _require("seq_lens", seq_lens, (b,), "[b]", torch.int32, q.device)
+    if not seq_lens.is_contiguous():
+        raise ValueError(f"seq_lens must be contiguous, got stride {seq_lens.stride(0)}")
     if cache.device != q.device:
         raise ValueError(f"cache must be on q's device {q.device}, got {cache.device}")
     if isinstance(k_scale, torch.Tensor):

@@ -114,27 +114,7 @@ class SglFlashMLA(FlashMLA):
         self._ops, self._meta = flash_mla, FlashMLASchedMeta
         return version("sgl-flash-mla")
 
-    def _decode(self, x: Inputs, meta: Any):
-        return self._ops.flash_mla_with_kvcache(
-            x.q,
-            x.cache.unsqueeze(-2),
-            x.block_table,
-            x.seq_lens,
-            D_V,
-            meta,
-            softmax_scale=x.sm_scale,
-            causal=True,
-            use_legacy=True,
-        )
-
-    def _fp8_metadata(self, x: Inputs):
-        return self._ops.get_mla_decoding_metadata(
-            x.seq_lens, x.case.s_q * x.case.h_q, 1, is_fp8_kvcache=True, use_legacy=True
-        )
-
-    def _decode_fp8(self, x: Inputs, q: torch.Tensor, metadata: Any, q_scale: torch.Tensor, k_scale: torch.Tensor):
-        meta = self._meta()
-        meta.tile_scheduler_metadata, meta.num_splits = metadata
+    def _call(self, x: Inputs, q: torch.Tensor, meta: Any, **quantised: Any):
         return self._ops.flash_mla_with_kvcache(
             q,
             x.cache.unsqueeze(-2),
@@ -144,8 +124,19 @@ class SglFlashMLA(FlashMLA):
             meta,
             softmax_scale=x.sm_scale,
             causal=True,
-            is_fp8_kvcache=True,
             use_legacy=True,
-            descale_q=q_scale,
-            descale_k=k_scale,
+            **quantised,
         )
+
+    def _decode(self, x: Inputs, meta: Any):
+        return self._call(x, x.q, meta)
+
+    def _fp8_metadata(self, x: Inputs):
+        return self._ops.get_mla_decoding_metadata(
+            x.seq_lens, x.case.s_q * x.case.h_q, 1, is_fp8_kvcache=True, use_legacy=True
+        )
+
+    def _decode_fp8(self, x: Inputs, q: torch.Tensor, metadata: Any, q_scale: torch.Tensor, k_scale: torch.Tensor):
+        meta = self._meta()
+        meta.tile_scheduler_metadata, meta.num_splits = metadata
+        return self._call(x, q, meta, is_fp8_kvcache=True, descale_q=q_scale, descale_k=k_scale)
