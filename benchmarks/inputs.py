@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from benchmarks.cases import D_QK, Case
+from benchmarks.cases import CACHE_ROW_BYTES, D_QK, D_V, Case
 
 FP8_K_SCALE = 0.0173
 """Scale of the fp8 cache: no power of two, and 448 * 0.0173 = 7.8 standard deviations lie inside e4m3's range."""
@@ -22,12 +22,13 @@ class Inputs:
     """Tensors of one case.
 
     Attributes:
-        case, dtype: what they are for; dtype is the cache's, "bf16" or "fp8".
+        case, dtype: what they are for; dtype is the cache's, "bf16", "fp8" or "fp8_ds_mla".
         q: ``[b, s_q, h_q, 576]`` bfloat16.
-        cache: ``[num_pages, page_size, 576]`` bfloat16, or float8_e4m3fn holding key / k_scale.
+        cache: ``[num_pages, page_size, 576]`` bfloat16, or float8_e4m3fn holding key / k_scale; or
+            ``[num_pages, page_size, 656]`` uint8, whose float32 scales are no powers of two.
         block_table: ``[b, max_pages]`` int32, unused entries 0.
         seq_lens: ``[b]`` int32 on the device; `lengths` is the same on the host.
-        k_scale: 0-dim float32; 1 for bf16.
+        k_scale: 0-dim float32; 1 but for fp8.
     """
 
     case: Case
@@ -67,9 +68,10 @@ class Pool:
     def _of(self, dtype: str) -> torch.Tensor:
         if dtype not in self._rows:
             source = self._rows["bf16"]
-            quantised = torch.empty(source.shape, dtype=torch.float8_e4m3fn, device=self._device)
+            width, kind = (D_QK, torch.float8_e4m3fn) if dtype == "fp8" else (CACHE_ROW_BYTES[dtype], torch.uint8)
+            quantised = torch.empty(source.shape[0], width, dtype=kind, device=self._device)
             for chunk, target in zip(source.split(_ROWS_AT_A_TIME), quantised.split(_ROWS_AT_A_TIME), strict=True):
-                target.copy_((chunk.float() / FP8_K_SCALE).clamp(-448.0, 448.0))
+                target.copy_(_to_fp8(chunk) if dtype == "fp8" else _to_ds_mla(chunk))
             self._rows[dtype] = quantised
         return self._rows[dtype]
 
@@ -77,7 +79,7 @@ class Pool:
         """A fresh query and page order for `case`; the cached rows are the pool's first ones."""
         pages = case.pages()
         total = sum(pages)
-        cache = self._of(dtype)[: total * case.page_size].view(total, case.page_size, D_QK)
+        cache = self._of(dtype)[: total * case.page_size].view(total, case.page_size, -1)
         order = torch.randperm(total, generator=self._generator, device=self._device).to(torch.int32)
         table = torch.zeros(case.b, max(pages), dtype=torch.int32, device=self._device)
         ends = itertools.accumulate(pages)
@@ -93,5 +95,18 @@ class Pool:
             block_table=table,
             seq_lens=torch.tensor(lengths, dtype=torch.int32, device=self._device),
             lengths=lengths,
-            k_scale=torch.tensor(1.0 if dtype == "bf16" else FP8_K_SCALE, device=self._device),
+            k_scale=torch.tensor(FP8_K_SCALE if dtype == "fp8" else 1.0, device=self._device),
         )
+
+
+def _to_fp8(rows: torch.Tensor) -> torch.Tensor:
+    return (rows.float() / FP8_K_SCALE).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def _to_ds_mla(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of 656 bytes: each quarter of the latent divided by its largest value / 448."""
+    groups = rows[:, :D_V].float().unflatten(1, (4, -1))
+    scales = groups.abs().amax(-1).clamp_min(1e-4) / 448.0
+    codes = (groups / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(1)
+    rope = rows[:, D_V:].to(torch.bfloat16).contiguous()
+    return torch.cat([part.view(torch.uint8) for part in (codes, scales, rope)], 1)

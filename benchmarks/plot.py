@@ -74,7 +74,7 @@ def subtitle(rows: list[report.Row]) -> str:
 
 
 def roofline(run: dict[str, Any]) -> plt.Figure:
-    """TFLOP/s over FLOP per byte, below the copy bandwidth and the matmul rate measured in the same run."""
+    """TFLOP/s over FLOP per byte, below the memory and matmul rates measured in the same run."""
     rows, ceilings = run["rows"], run["ceilings"]
     dtypes = sorted({row["dtype"] for row in rows})
     names = list(dict.fromkeys(row["provider"] for row in rows))
@@ -101,16 +101,21 @@ def roofline(run: dict[str, Any]) -> plt.Figure:
     return figure
 
 
+def memory_rate(ceilings: dict[str, float]) -> tuple[str, float]:
+    """What bounds a kernel that reads, and GB/s: the read rate, in runs that did not measure it the copy rate, or 0."""
+    return ("read", ceilings["read_gbs"]) if "read_gbs" in ceilings else ("copy", ceilings.get("copy_gbs", 0.0))
+
+
 def draw_ceilings(axis: plt.Axes, ceilings: dict[str, float]) -> None:
-    copy, matmul = ceilings.get("copy_gbs"), ceilings.get("matmul_tflops")
+    (kind, rate), matmul = memory_rate(ceilings), ceilings.get("matmul_tflops")
     low, high = axis.get_xlim()
-    if copy and matmul:
-        ridge = matmul * 1e3 / copy
+    if rate and matmul:
+        ridge = matmul * 1e3 / rate
         high = max(high, 2 * ridge)
         points = [low, ridge, high]
-        axis.plot(points, [min(matmul, x * copy / 1e3) for x in points], color="#333333", lw=1.2, zorder=2)
+        axis.plot(points, [min(matmul, x * rate / 1e3) for x in points], color="#333333", lw=1.2, zorder=2)
         text = {"fontsize": 8, "color": "#333333", "zorder": 2}
-        axis.text(low * 1.1, low * 1.1 * copy / 1e3, f"copy {copy / 1e3:.2f} TB/s", rotation=20, va="bottom", **text)
+        axis.text(low * 1.1, low * 1.1 * rate / 1e3, f"{kind} {rate / 1e3:.2f} TB/s", rotation=20, va="bottom", **text)
         axis.text(ridge, matmul * 1.08, f"bf16 matmul {matmul:.0f} TFLOP/s", va="bottom", **text)
         axis.set_ylim(top=max(axis.get_ylim()[1], matmul * 2))
         axis.set_xlim(low, high)
@@ -118,7 +123,8 @@ def draw_ceilings(axis: plt.Axes, ceilings: dict[str, float]) -> None:
 
 def latency(run: dict[str, Any]) -> plt.Figure:
     """Microseconds per call, a line of markers for each case, with the time the bytes alone would take."""
-    rows, ceilings = run["rows"], run["ceilings"]
+    rows = run["rows"]
+    kind, rate = memory_rate(run["ceilings"])
     dtypes = sorted({row["dtype"] for row in rows})
     names = list(dict.fromkeys(row["provider"] for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -131,8 +137,8 @@ def latency(run: dict[str, Any]) -> plt.Figure:
                 axis.plot(
                     [min(times), max(times)], [place, place], color="#d0d0d0", lw=3, solid_capstyle="round", zorder=1
                 )
-            if times and ceilings.get("copy_gbs"):
-                floor = Case.parse(case).min_bytes(dtype) / ceilings["copy_gbs"] / 1e3
+            if times and rate:
+                floor = Case.parse(case).min_bytes(dtype) / rate / 1e3
                 axis.plot([floor, floor], [place - 0.3, place + 0.3], color="#333333", lw=1.4, zorder=2)
         for name in reversed(names):
             chosen = [row for row in rows if row["provider"] == name and row["dtype"] == dtype]
@@ -147,9 +153,9 @@ def latency(run: dict[str, Any]) -> plt.Figure:
     axes[0][0].set_yticks(range(len(cases)), cases, family="monospace")
     axes[0][0].invert_yaxis()
     handles, labels = axes[0][0].get_legend_handles_labels()
-    if ceilings.get("copy_gbs"):
+    if rate:
         handles = [plt.Line2D([], [], color="#333333", lw=1.4), *handles]
-        labels = ["bytes / copy rate", *labels]
+        labels = [f"bytes / {kind} rate", *labels]
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4)
     figure.suptitle(f"MLA decode latency\n{subtitle(rows)}", fontsize=9)
     return figure

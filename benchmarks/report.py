@@ -16,13 +16,15 @@ OURS = "fusedmla"
 
 
 def figures(case: Case, dtype: str, median_us: float, ceilings: dict[str, float]) -> Row:
-    """GB/s, TFLOP/s and their shares of the measured copy and matmul ceilings (absent where none was measured)."""
+    """GB/s, TFLOP/s and their shares of the measured copy, read and matmul ceilings (absent where not measured)."""
     seconds = median_us * 1e-6
     gbs = case.min_bytes(dtype) / seconds / 1e9
     tflops = case.flops() / seconds / 1e12
     row: Row = {"gbs": gbs, "tflops": tflops}
     if ceilings.get("copy_gbs"):
         row["copy_percent"] = 100 * gbs / ceilings["copy_gbs"]
+    if ceilings.get("read_gbs"):
+        row["read_percent"] = 100 * gbs / ceilings["read_gbs"]
     if ceilings.get("matmul_tflops"):
         row["matmul_percent"] = 100 * tflops / ceilings["matmul_tflops"]
     return row
@@ -82,7 +84,7 @@ def table(rows: list[Row], dtype: str, peers_of: str = OURS) -> str:
         for name in dict.fromkeys(row["provider"] for row in chosen)
         if any(row["provider"] == name and row["status"] != "absent" for row in chosen)
     ]
-    header = [f"{dtype}: case, median us", *names, "GB/s", "% copy", "TF/s", "% mma", "peer/ours"]
+    header = [f"{dtype}: case, median us", *names, "GB/s", "% copy", "% read", "TF/s", "% mma", "peer/ours"]
     lines = []
     for case in cases:
         ours = found.get((case, peers_of, dtype))
@@ -92,12 +94,13 @@ def table(rows: list[Row], dtype: str, peers_of: str = OURS) -> str:
             line += [
                 f"{ours['gbs']:.0f}",
                 f"{ours['copy_percent']:.0f}" if "copy_percent" in ours else "",
+                f"{ours['read_percent']:.0f}" if "read_percent" in ours else "",
                 f"{ours['tflops']:.0f}",
                 f"{ours['matmul_percent']:.0f}" if "matmul_percent" in ours else "",
                 f"{best / ours['median_us']:.2f}" if best else "",
             ]
         else:
-            line += [""] * 5
+            line += [""] * 6
         lines.append(line)
     return markdown(header, lines)
 

@@ -147,6 +147,8 @@ class Timer:
 
         Returns:
             copy_gbs: GB/s of a 4 GB device-to-device copy, bytes read plus bytes written.
+            read_gbs: GB/s of summing 4 GB, the faster of torch's reduction and a kernel made for it: a decode step
+                reads without writing, which memory does faster than both at once.
             matmul_tflops: bf16 8192 x 8192 x 8192 on random data.
             empty_us: a graph of one tiny kernel, timed like everything else: part of every small time below.
         """
@@ -155,6 +157,7 @@ class Timer:
         tiny = torch.ones(1, device=self.device)
         return {
             "copy_gbs": 2 * (4 << 30) / self._copy_us(4 << 30) / 1e3,
+            "read_gbs": (4 << 30) / self._read_us(4 << 30) / 1e3,
             "matmul_tflops": 2 * 8192**3 / self._matmul_us(8192) / 1e6,
             "empty_us": self.measure(capture(lambda: tiny.fill_(1.0), self.device)).median_us,
         }
@@ -163,6 +166,14 @@ class Timer:
         source = torch.empty(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return self.measure(capture(lambda: target.copy_(source), self.device, use_graph=False)).median_us
+
+    def _read_us(self, size: int) -> float:
+        from benchmarks.read_rate import sum_of_blocks  # here, because it needs Triton
+
+        source = torch.rand(size // 4, device=self.device)
+        sums = sum_of_blocks(source)
+        ways = (lambda: sum_of_blocks(source, sums), lambda: source.sum())
+        return min(self.measure(capture(way, self.device)).median_us for way in ways)
 
     def _matmul_us(self, n: int) -> float:
         a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=self.device) for _ in range(2))

@@ -35,19 +35,22 @@ class DecodeConfig:
 
 
 _ANY_ROWS = MAX_S_Q * MAX_H_Q
+_SIXTEEN_BIT, _FP8, _DS_MLA = ("bf16", "fp16"), ("fp8",), ("fp8_ds_mla",)
 
 # First row that fits wins. Rows for 9.0 were chosen by measurement on an H200 (docs/performance.md). The others keep
 # within 99 KiB of shared memory, what compute capability 8.6, 8.9 and 12.0 offer, and were compiled, not timed.
 _TABLE = (
-    # capability from, to | 8-bit cache | most rows | block_h, block_n, warps, stages, programs a SM, fixed, min tiles
-    ((9, 0), (9, 0), False, 16, (16, 64, 4, 2, 2, 1, 1)),
-    ((9, 0), (9, 0), False, 32, (32, 64, 4, 3, 2, 1, 1)),
-    ((9, 0), (9, 0), False, _ANY_ROWS, (64, 64, 8, 2, 1, 1, 1)),
-    ((9, 0), (9, 0), True, 16, (16, 64, 4, 2, 2, 1, 1)),
-    ((9, 0), (9, 0), True, 32, (32, 64, 4, 3, 2, 1, 1)),
-    ((9, 0), (9, 0), True, _ANY_ROWS, (64, 64, 8, 2, 1, 1, 1)),
-    ((8, 0), (99, 9), False, _ANY_ROWS, (16, 32, 4, 2, 1, 1, 2)),
-    ((8, 0), (99, 9), True, _ANY_ROWS, (16, 32, 4, 2, 2, 1, 2)),
+    # capability from, to | caches | most rows | block_h, block_n, warps, stages, programs a SM, fixed, min tiles
+    ((9, 0), (9, 0), _SIXTEEN_BIT, 16, (16, 64, 4, 2, 2, 1, 1)),
+    ((9, 0), (9, 0), _SIXTEEN_BIT, 32, (32, 64, 4, 3, 2, 1, 1)),
+    ((9, 0), (9, 0), _SIXTEEN_BIT, _ANY_ROWS, (64, 64, 8, 2, 1, 1, 1)),
+    ((9, 0), (9, 0), _FP8, 16, (16, 64, 4, 2, 2, 1, 1)),
+    ((9, 0), (9, 0), _FP8, 32, (32, 64, 4, 3, 2, 1, 1)),
+    ((9, 0), (9, 0), _FP8, _ANY_ROWS, (64, 64, 8, 2, 1, 1, 1)),
+    ((9, 0), (9, 0), _DS_MLA, 16, (16, 64, 4, 2, 2, 1, 1)),  # compiled, not timed, as is the next
+    ((9, 0), (9, 0), _DS_MLA, _ANY_ROWS, (32, 64, 8, 2, 1, 1, 1)),  # 64 rows would spill a kilobyte a thread
+    ((8, 0), (99, 9), _SIXTEEN_BIT, _ANY_ROWS, (16, 32, 4, 2, 1, 1, 2)),
+    ((8, 0), (99, 9), _FP8 + _DS_MLA, _ANY_ROWS, (16, 32, 4, 2, 2, 1, 2)),
 )
 LARGEST_TILE = max(values[1] for *_, values in _TABLE)
 """Tokens of the largest KV tile: pages of a multiple of it hold whole tiles of every kernel."""
@@ -66,10 +69,15 @@ def select_decode(arch: tuple[int, int] | None, rows: int, cache_format: str) ->
     """
     if arch is None:
         return DecodeConfig("reference", rows, 64, 0, 0, 1, 1, 1, "no GPU: PyTorch reference")
-    if cache_format not in ("bf16", "fp16", "fp8"):
-        raise ValueError(f"dense decode on a GPU reads bf16, fp16 and fp8 caches, not {cache_format}")
-    for least, most, for_eight_bit, most_rows, values in _TABLE:
-        if least <= arch <= most and (cache_format == "fp8") == for_eight_bit and rows <= most_rows:
+    return select_portable(arch, rows, cache_format)
+
+
+def select_portable(arch: tuple[int, int], rows: int, cache_format: str) -> DecodeConfig:
+    """The portable Triton kernel for a call, whether or not another kernel is preferred; as `select_decode`."""
+    if cache_format not in _SIXTEEN_BIT + _FP8 + _DS_MLA:
+        raise ValueError(f"dense decode on a GPU reads bf16, fp16, fp8 and fp8_ds_mla caches, not {cache_format}")
+    for least, most, caches, most_rows, values in _TABLE:
+        if least <= arch <= most and cache_format in caches and rows <= most_rows:
             reason = f"compute capability {arch[0]}.{arch[1]}, {rows} query rows a request, {cache_format} cache"
             return DecodeConfig("triton", *values, reason)
     raise ValueError(f"no dense decode kernel for compute capability {arch[0]}.{arch[1]} and {rows} query rows")

@@ -18,11 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_fusedmla.kernels import combine, dense_decode, schedule_kernel
+from vllm_fusedmla.kernels import combine, dense_decode_kernel, schedule_kernel
 from vllm_fusedmla.kernels.select import select_decode
 
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ELEMENT = {"bf16": "bf16", "fp16": "fp16", "fp8": "u16"}
+ELEMENT = {"bf16": "bf16", "fp16": "fp16", "fp8": "u16", "fp8_ds_mla": "u16"}
 
 
 def signature_of(kernel, types: dict[str, str], constants: dict) -> dict[str, str]:
@@ -66,15 +66,16 @@ def compile_decode(case: dict) -> dict:
     capability, h_q, s_q, cache = case["capability"], case["h_q"], case.get("s_q", 1), case["cache"]
     config = select_decode(divmod(capability, 10), s_q * h_q, cache)
     config = dataclasses.replace(config, **case.get("config", {}))
-    kernel = dense_decode._decode_kernel
+    kernel = dense_decode_kernel.decode_kernel
     pointer = {"q_nope": "bf16", "q_rope": "bf16", "out": "bf16", "cache": ELEMENT[cache]}
     types = {n: f"*{pointer[n]}" for n in pointer}
     types |= dict.fromkeys(("block_table", "seq_lens", "program_begin", "items"), "*i32")
     types |= dict.fromkeys(("lse", "partial_out", "partial_lse", "k_scale_pointer"), "*fp32")
     types |= {"k_scale_value": "fp32", "scale_log2": "fp32"}
     constants = {
-        "S_Q": s_q, "H_Q": h_q, "PAGE_SIZE": case.get("page_size", 64), "CAUSAL": s_q > 1, "EIGHT_BIT": cache == "fp8",
-        "K_SCALE_POINTER": cache == "fp8", "BLOCK_H": config.block_h, "BLOCK_N": config.block_n, "INTERPRETED": False,
+        "S_Q": s_q, "H_Q": h_q, "PAGE_SIZE": case.get("page_size", 64), "CAUSAL": s_q > 1,
+        "EIGHT_BIT": cache.startswith("fp8"), "DS_MLA": cache == "fp8_ds_mla", "K_SCALE_POINTER": cache == "fp8",
+        "BLOCK_H": config.block_h, "BLOCK_N": config.block_n, "INTERPRETED": False,
     }  # fmt: skip
     return compile_kernel(
         kernel, types, constants, capability, num_warps=config.num_warps, num_stages=config.num_stages

@@ -8,11 +8,17 @@ import torch
 
 from vllm_fusedmla.kernels import layout, reference
 
-CACHE_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
-QUERY_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+FORMATS = ["bf16", "fp16", "fp8", "fp8_ds_mla"]
+CACHE_DTYPE = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn, "fp8_ds_mla": torch.uint8,
+}  # fmt: skip
+QUERY_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16, "fp8_ds_mla": torch.bfloat16}
 
 # design: absolute, relative and cosine tolerance of out; absolute and relative tolerance of lse.
-OUT_TOLERANCE = {"bf16": (8e-4, 2.01 / 128, 5e-6), "fp16": (8e-4, 2.01 / 128, 5e-6), "fp8": (1e-3, 2.01 / 128, 5e-6)}
+OUT_TOLERANCE = {
+    "bf16": (8e-4, 2.01 / 128, 5e-6), "fp16": (8e-4, 2.01 / 128, 5e-6), "fp8": (1e-3, 2.01 / 128, 5e-6),
+    "fp8_ds_mla": (1e-3, 2.01 / 128, 5e-6),
+}  # fmt: skip
 LSE_TOLERANCE = (1e-6, 8.01 / 65536)
 # A score is a float32 sum of 576 products: its error is relative to |q||k|, not to the sum, which may cancel to 0.
 # So lse may also be off by this times |q||k| sm_scale, which matters only for rows whose lse is close to 0.
@@ -22,7 +28,7 @@ SCORE_ROUNDING = 2.0**-22
 @dataclasses.dataclass
 class Problem:
     q: torch.Tensor  # [b, s_q, h_q, 576]
-    cache: torch.Tensor  # [num_pages, page_size, 576], NaN wherever no request's token lies
+    cache: torch.Tensor  # [num_pages, page_size, width], NaN wherever no request's token lies
     block_table: torch.Tensor  # [b, max_pages], an absurd page number past each request's end
     seq_lens: torch.Tensor  # [b]
     k_scale: torch.Tensor | float
@@ -53,6 +59,7 @@ def make_problem(
 
     Everything a kernel must not read is poison: unattended cache rows are NaN, unused block table entries point
     outside the cache, and pages are `extra_stride` elements further apart than they need be, filled with NaN.
+    `fp8_ds_mla` rows get scales that are no powers of two.
     """
     b = len(seq_lens)
     pages = [-(-n // page_size) for n in seq_lens]
@@ -65,17 +72,38 @@ def make_problem(
         table[i, : pages[i]] = own
         position = torch.arange(n)
         slots.append(own[position // page_size] * page_size + position % page_size)
-    dtype = CACHE_DTYPE[cache_format]
-    store = torch.full((num_pages, page_size * layout.D_QK + extra_stride), float("nan")).to(dtype).to(device)
-    cache = store[:, : page_size * layout.D_QK].unflatten(1, (page_size, layout.D_QK))
+    width = layout.row_bytes(cache_format) // CACHE_DTYPE[cache_format].itemsize
+    store = poisoned((num_pages, page_size * width + extra_stride), cache_format).to(device)
+    cache = store[:, : page_size * width].unflatten(1, (page_size, width))
     k_scale = torch.tensor(random.uniform(0.0005, 0.002), device=device) if cache_format == "fp8" else 1.0
     slot_mapping = torch.cat(slots).to(device)
     values = torch.randn(slot_mapping.numel(), layout.D_QK, device=device) * 0.1
-    layout.write_cache(values, slot_mapping, cache, k_scale)
+    if cache_format == "fp8_ds_mla":
+        largest = values[:, : layout.D_V].unflatten(1, (-1, layout.QUANT_GROUP)).abs().amax(-1)
+        scales = largest / layout.E4M3_MAX * (1 + 3 * torch.rand_like(largest))
+        write_ds_mla_rows(cache, slot_mapping, values, scales)
+    else:
+        layout.write_cache(values, slot_mapping, cache, k_scale)
     # sm_scale is 576 ** -0.5, so the standard deviation of a score is that of q times that of the keys
     q = (torch.randn(b, s_q, h_q, layout.D_QK, device=device) * spread / 0.1).to(QUERY_DTYPE[cache_format])
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
     return Problem(q, cache, table.to(device), lens, k_scale, cache_format, spread * layout.D_QK**0.5)
+
+
+def poisoned(shape: tuple[int, ...], cache_format: str) -> torch.Tensor:
+    """Cache memory whose every value is NaN, scales too."""
+    if cache_format == "fp8_ds_mla":
+        return torch.full(shape, 0xFF, dtype=torch.uint8)  # NaN as e4m3, float32 and bfloat16
+    return torch.full(shape, float("nan")).to(CACHE_DTYPE[cache_format])
+
+
+def write_ds_mla_rows(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
+    """Store `values` ``[T, 576]`` with the given float32 scales ``[T, 4]``, which `layout.write_cache` would choose."""
+    groups = values[:, : layout.D_V].unflatten(1, (-1, layout.QUANT_GROUP)) / scales.unsqueeze(-1)
+    codes = groups.clamp(-layout.E4M3_MAX, layout.E4M3_MAX).to(torch.float8_e4m3fn).flatten(1)
+    rope = values[:, layout.D_V :].to(torch.bfloat16).contiguous()
+    rows = torch.cat([part.view(torch.uint8) for part in (codes, scales.contiguous(), rope)], 1)
+    cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
 
 
 def cosine_difference(a: torch.Tensor, b: torch.Tensor) -> float:

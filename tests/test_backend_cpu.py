@@ -131,8 +131,9 @@ def step(query_lens: list[int], seq_lens: list[int], num_tokens: int | None = No
 
 def filled_cache(common: CommonAttentionMetadata, kv_cache_dtype: str, k_scale: torch.Tensor) -> torch.Tensor:
     """A cache poisoned with NaN that holds each request's tokens, as vLLM stores it: uint8 for fp8."""
+    width = layout.DS_MLA_ROW_BYTES if kv_cache_dtype == "fp8_ds_mla" else layout.D_QK
     storage = torch.uint8 if kv_cache_dtype.startswith("fp8") else torch.bfloat16
-    cache = torch.full((PAGES, PAGE, 576), 0x7F if storage == torch.uint8 else math.nan, dtype=storage)
+    cache = torch.full((PAGES, PAGE, width), 0xFF if storage == torch.uint8 else math.nan, dtype=storage)
     for request, length in enumerate(common.seq_lens.tolist()):
         rows = torch.cat([torch.randn(length, 512) / 4, torch.randn(length, 64)], -1)
         position = torch.arange(length)
@@ -150,7 +151,7 @@ def expected(
     s_q = q.shape[0] // b
     out = torch.zeros(*q.shape[:2], 512, dtype=torch.float64)
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
-    rows = cache.view(torch.float8_e4m3fn).double() * k_scale if cache.dtype == torch.uint8 else cache.double()
+    rows = layout.read_cache(cache, k_scale.double(), torch.float64)
     for request, length in enumerate(decode.seq_lens.tolist()):
         keys = rows[decode.block_table[request].long()].flatten(0, 1)
         for row in range(s_q):
@@ -196,7 +197,7 @@ def path(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_ds_mla"])
 @pytest.mark.parametrize("as_tuple", [True, False], ids=["tuple", "concatenated"])
 @pytest.mark.parametrize(
     ("query_lens", "seq_lens"),
@@ -216,7 +217,7 @@ def test_decode_equals_float64(
     assert (meta.num_decodes, meta.num_decode_tokens, meta.num_prefills) == (len(seq_lens), padded_tokens, 0)
     assert (meta.decode.plan is None) == (path == "reference")
     raw = filled_cache(common, kv_cache_dtype, k_scale)
-    cache = raw.view(torch.float8_e4m3fn) if raw.dtype == torch.uint8 else raw  # what MLAAttention hands over
+    cache = raw.view(torch.float8_e4m3fn) if kv_cache_dtype == "fp8" else raw  # what MLAAttention hands over
     q = (torch.randn(padded_tokens, HEADS, 576) * 0.3).bfloat16()
     before = metadata.decode_tokens.tokens
     assert metadata.decode_tokens.scheduled >= padded_tokens
@@ -286,8 +287,17 @@ def test_gpu_cache_update_is_vllms(vllm_config: Any, as_on_a_gpu: Any, monkeypat
     assert passed == [(1, 2, 3, 4, "auto", 5, True)]
 
 
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "width", "dtype"),
+    [("auto", 576, torch.bfloat16), ("fp8", 576, torch.float8_e4m3fn), ("fp8_ds_mla", 656, torch.uint8)],
+)
 def test_kernels_are_compiled_before_the_first_request(
-    vllm_config: Any, as_on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch
+    vllm_config: Any,
+    as_on_a_gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    kv_cache_dtype: str,
+    width: int,
+    dtype: torch.dtype,
 ) -> None:
     """For every number of new tokens that can be decoded, with the cache's real page size and dtype."""
     from vllm_fusedmla.kernels import dense_decode
@@ -297,12 +307,12 @@ def test_kernels_are_compiled_before_the_first_request(
 
     def watch(q: torch.Tensor, cache: torch.Tensor, *args: Any, **options: Any) -> Any:
         launched.add((*q.shape[1:3], *cache.shape[1:]))
-        assert cache.dtype == torch.float8_e4m3fn and q.dtype == torch.bfloat16
+        assert cache.dtype == dtype and q.dtype == torch.bfloat16
         return decode(q, cache, *args, **options)
 
     monkeypatch.setattr(dense_decode, "mla_decode", watch)
-    make_builder(vllm_config, "fp8")
-    assert launched == {(s_q, HEADS, PAGE, 576) for s_q in range(1, MAX_S_Q + 1)}
+    make_builder(vllm_config, kv_cache_dtype)
+    assert launched == {(s_q, HEADS, PAGE, width) for s_q in range(1, MAX_S_Q + 1)}
 
 
 def test_graph_support(vllm_config: Any, as_on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,18 +346,18 @@ def test_batch_invariant_scratch_memory_is_bounded() -> None:
     assert small.params.max_splits > 1 and small.params.batch_invariant
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_ds_mla"])
 def test_cache_update_skips_padding_slots(vllm_config: Any, kv_cache_dtype: str) -> None:
     impl = make_impl(kv_cache_dtype)
-    dtype = torch.uint8 if kv_cache_dtype == "fp8" else torch.bfloat16
-    cache = torch.zeros(2, PAGE, 576, dtype=dtype)
+    dtype = torch.uint8 if kv_cache_dtype.startswith("fp8") else torch.bfloat16
+    cache = torch.zeros(2, PAGE, 656 if kv_cache_dtype == "fp8_ds_mla" else 576, dtype=dtype)
     kv_c, k_pe = torch.randn(4, 512).bfloat16(), torch.randn(4, 1, 64).bfloat16()
     k_scale = torch.tensor(0.5 if kv_cache_dtype == "fp8" else 1.0)
     slots = torch.tensor([3, -1, 20])  # the fourth row is padding of the batch
     impl.do_kv_cache_update(kv_c, k_pe, cache, slots, kv_cache_dtype, k_scale, False)  # 0.33 passes skip_scale
     rows = torch.cat([kv_c, k_pe.squeeze(1)], -1)[[0, 2]].float()
     stored = layout.read_cache(cache, k_scale).flatten(0, 1)
-    torch.testing.assert_close(stored[[3, 20]], rows, rtol=1 / 16 if kv_cache_dtype == "fp8" else 0, atol=1e-3)
+    torch.testing.assert_close(stored[[3, 20]], rows, rtol=0 if kv_cache_dtype == "auto" else 1 / 16, atol=1e-3)
     others = torch.ones(2 * PAGE, dtype=torch.bool)
     others[[3, 20]] = False
     assert (stored[others] == 0).all()

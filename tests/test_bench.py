@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import bench_decode, check, providers, report, timing
-from benchmarks.cases import FULL, GRIDS, PEERS, Case, select
+from benchmarks.cases import CACHE_ROW_BYTES, FULL, GRIDS, PEERS, TARGET, Case, select
 from benchmarks.inputs import FP8_K_SCALE, Pool
+from vllm_fusedmla.kernels import layout
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,13 @@ def test_counts_by_hand():
     case = Case(2, 3, 10, s_q=2)
     assert case.min_bytes("fp8") == 2 * 10 * 576 + 2 * 2 * 3 * 2 * (576 + 512)
     assert case.min_bytes("bf16") - case.min_bytes("fp8") == 2 * 10 * 576
+    assert case.min_bytes("fp8_ds_mla") - case.min_bytes("fp8") == 2 * 10 * 80
     assert case.flops() == 2 * (9 + 10) * 2 * 3 * (576 + 512)
+
+
+@pytest.mark.parametrize("dtype", CACHE_ROW_BYTES)
+def test_a_cached_token_has_the_size_of_the_cache_format(dtype):
+    assert CACHE_ROW_BYTES[dtype] == layout.row_bytes(dtype)
 
 
 def test_ragged_lengths_are_fixed_and_log_uniform():
@@ -69,26 +76,35 @@ def test_ragged_lengths_are_fixed_and_log_uniform():
 def test_grids_are_nested_and_selected_by_name():
     assert len(PEERS) == 15
     assert all(set(cases) <= set(FULL) for cases in GRIDS.values())
-    assert len({case.name for case in FULL}) == len(FULL)
-    assert {case.h_q for case in FULL} >= {12, 20, 24, 40, 96} and {case.page_size for case in FULL} == {
-        16,
-        32,
-        64,
-        128,
-    }
+    assert all(len({case.name for case in cases}) == len(cases) for cases in GRIDS.values())
+    assert {case.h_q for case in FULL} >= {8, 12, 20, 24, 40, 48, 96}
+    assert {case.page_size for case in FULL} == {16, 32, 48, 64, 128}
     assert [case.name for case in select("peers", "^b4 ")] == ["b4 h16 kv4096"]
     assert select("peers", None, ["b7 h12 kv9 page16"]) == [Case(7, 12, 9, page_size=16)]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_the_target_grid_is_that_of_the_targets():
+    groups = [
+        [f"b128 h{h} kv8192" for h in (16, 32, 64)],
+        ["b32 h16 kv4096", "b64 s_q2 h16 kv4096"],
+        ["b1 h16 kv131072", "b1 h128 kv131072"],
+        [f"b{b} h16 kv{kv}" for b in (1, 4, 8) for kv in (1024, 2048, 4096, 8192)],
+        ["b1 h128 kv8192"],
+        ["b128 h128 kv4096", "b128 h128 kv8192", "b128 s_q2 h128 kv4096"],
+        ["b64 h16 ragged256-65536", "b64 h128 ragged256-65536"],
+    ]
+    assert [case.name for case in TARGET] == [name for group in groups for name in group]
+
+
+@pytest.mark.parametrize("dtype", CACHE_ROW_BYTES)
 def test_inputs_use_every_page_once(dtype):
     case = Case(3, 2, (5, 60), page_size=16)
     x = Pool.for_cases([case], CPU).inputs(case, dtype)
     used = [int(x.block_table[i, j]) for i, pages in enumerate(case.pages()) for j in range(pages)]
     assert sorted(used) == list(range(x.cache.shape[0]))
     assert x.seq_lens.tolist() == case.seq_lens()
-    assert x.cache.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float8_e4m3fn)
-    values = x.cache.float() * x.k_scale
+    assert layout.cache_format(x.cache) == dtype
+    values = layout.read_cache(x.cache, x.k_scale)
     assert values.std() == pytest.approx(1.0, abs=0.05) and values.isfinite().all()
 
 
@@ -97,6 +113,17 @@ def test_fp8_cache_is_the_rounded_bf16_cache():
     pool = Pool.for_cases([case], CPU)
     plain, rounded = pool.inputs(case, "bf16").cache.float(), pool.inputs(case, "fp8").cache.float() * FP8_K_SCALE
     assert torch.allclose(plain, rounded, rtol=1 / 16, atol=FP8_K_SCALE * 2**-9)
+
+
+def test_ds_mla_cache_is_the_rounded_bf16_cache_with_scales_that_are_no_powers_of_two():
+    case = Case(1, 1, 64)
+    pool = Pool.for_cases([case], CPU)
+    cache = pool.inputs(case, "fp8_ds_mla").cache
+    scales = cache[..., layout.DS_MLA_SCALES_OFFSET : layout.DS_MLA_ROPE_OFFSET].contiguous().view(torch.float32)
+    assert (torch.frexp(scales).mantissa != 0.5).float().mean() > 0.9
+    plain, rounded = pool.inputs(case, "bf16").cache.float(), layout.read_cache(cache)
+    assert torch.allclose(plain, rounded, rtol=1 / 16, atol=float(scales.max()) * 2**-9)
+    assert torch.equal(plain[..., 512:], rounded[..., 512:])
 
 
 class Exact(providers.Reference):
@@ -161,7 +188,8 @@ def run(tmp_path, names, *more):
 
 
 def test_a_run_saves_measured_rows(fakes, tmp_path, capsys):
-    code, saved = run(tmp_path, "fusedmla,fa3", "--dtypes", "bf16,fp8", "--csv", str(tmp_path / "run.csv"))
+    dtypes = "bf16,fp8,fp8_ds_mla"
+    code, saved = run(tmp_path, "fusedmla,fa3", "--dtypes", dtypes, "--csv", str(tmp_path / "run.csv"))
     assert code == 0
     status = {(row["provider"], row["dtype"]): row["status"] for row in saved["rows"]}
     assert status == {
@@ -169,6 +197,8 @@ def test_a_run_saves_measured_rows(fakes, tmp_path, capsys):
         ("fusedmla", "fp8"): "ok",
         ("fa3", "bf16"): "ok",
         ("fa3", "fp8"): "unsupported",
+        ("fusedmla", "fp8_ds_mla"): "ok",
+        ("fa3", "fp8_ds_mla"): "unsupported",
     }
     row = saved["rows"][0]
     assert row["p20_us"] <= row["median_us"] <= row["p80_us"] and row["method"] == "host clock"
@@ -176,7 +206,7 @@ def test_a_run_saves_measured_rows(fakes, tmp_path, capsys):
     assert row["gbs"] == pytest.approx(Case.parse(row["case"]).min_bytes("bf16") / row["median_us"] / 1e3)
     assert 0 < row["max_abs_error"] < 4e-3 and row["cosine_difference"] < 5e-6
     assert "running" not in saved
-    assert len(list(csv.DictReader((tmp_path / "run.csv").open()))) == 4
+    assert len(list(csv.DictReader((tmp_path / "run.csv").open()))) == 6
     assert "| b2 s_q2 h4 kv70 page16 |" in capsys.readouterr().out
 
 
@@ -257,7 +287,15 @@ def test_a_row_that_fails_now_is_a_regression_and_an_absent_one_is_not():
 
 def test_table_shows_the_best_correct_peer_over_ours():
     rows = [
-        row(provider="fusedmla", median=100.0, gbs=4000.0, tflops=500.0, copy_percent=94.0, matmul_percent=70.0),
+        row(
+            provider="fusedmla",
+            median=100.0,
+            gbs=4000.0,
+            tflops=500.0,
+            copy_percent=94.0,
+            read_percent=89.0,
+            matmul_percent=70.0,
+        ),
         row(provider="fa3", median=125.0),
         row(provider="flashmla", median=50.0, status="FAIL"),
         row(provider="flashinfer", median=150.0),
@@ -265,15 +303,40 @@ def test_table_shows_the_best_correct_peer_over_ours():
     lines = report.table(rows, "bf16").splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    assert cells == ["c", "100.0", "125.0", "50.0 FAIL", "150.0", "4000", "94", "500", "70", "1.25"]
+    assert cells == ["c", "100.0", "125.0", "50.0 FAIL", "150.0", "4000", "94", "89", "500", "70", "1.25"]
 
 
 def test_figures_are_shares_of_the_ceilings():
     case = Case.parse("b128 h16 kv8192")
-    found = report.figures(case, "bf16", 300.0, {"copy_gbs": 4000.0, "matmul_tflops": 700.0})
+    ceilings = {"copy_gbs": 4000.0, "read_gbs": 4500.0, "matmul_tflops": 700.0}
+    found = report.figures(case, "bf16", 300.0, ceilings)
     assert found["gbs"] == pytest.approx(case.min_bytes("bf16") / 300e-6 / 1e9)
     assert found["copy_percent"] == pytest.approx(found["gbs"] / 40)
+    assert found["read_percent"] == pytest.approx(found["gbs"] / 45)
     assert found["matmul_percent"] == pytest.approx(found["tflops"] / 7)
+
+
+def test_the_read_kernel_reads_everything(device):
+    read_rate = pytest.importorskip("benchmarks.read_rate")
+    source = torch.rand(3 * 8192, device=device)
+    torch.testing.assert_close(read_rate.sum_of_blocks(source), source.view(3, -1).sum(1), rtol=1e-5, atol=0)
+    assert timing.Timer(torch.device(device), reps=2)._read_us(4 * source.numel()) > 0
+    with pytest.raises(ValueError, match="multiple of 8192 values, got 8193"):
+        read_rate.sum_of_blocks(torch.rand(8193, device=device))
+
+
+@pytest.mark.parametrize("dtype", CACHE_ROW_BYTES)
+def test_the_portable_provider_runs_the_portable_kernel(dtype, device):
+    pytest.importorskip("triton")
+    case = Case.parse("b3 s_q2 h5 kv70 page16")
+    x = Pool.for_cases([case], torch.device(device)).inputs(case, dtype)
+    provider = providers.FusedMLAPortable()
+    assert provider.name in providers.ALL and dtype in provider.dtypes
+    provider.load()
+    assert provider.plan_for(x).config.kernel == "triton"
+    prepared = provider.prepare(x)
+    verdict = check.judge(*prepared.unpack(prepared.call()), check.expected(x), check.PEER[dtype])
+    assert prepared.config.startswith("triton") and verdict.ok, verdict.reason
 
 
 def test_percentiles():

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense decode against the float64 reference: in Triton's interpreter on small shapes, on a GPU for real."""
 
+import math
 import random
 
 import pytest
 import torch
-from problems import assert_matches, make_problem, random_lengths
+from problems import FORMATS, assert_matches, make_problem, random_lengths, write_ds_mla_rows
 
 pytest.importorskip("triton")
-from vllm_fusedmla.kernels import dense_decode  # noqa: E402
+from vllm_fusedmla.kernels import dense_decode, layout  # noqa: E402
 from vllm_fusedmla.kernels.plan import make_plan  # noqa: E402
 from vllm_fusedmla.kernels.select import select_decode  # noqa: E402
 
@@ -37,7 +38,7 @@ def check(problem, causal=True, **options):
     return out, lse
 
 
-@pytest.mark.parametrize("cache_format", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("cache_format", FORMATS)
 @pytest.mark.parametrize("s_q", [1, 2, 5])
 @pytest.mark.parametrize("page_size", [16, 48, 64, 128])
 def test_formats_query_lengths_and_page_sizes(cache_format, s_q, page_size, device):
@@ -50,7 +51,7 @@ def test_formats_query_lengths_and_page_sizes(cache_format, s_q, page_size, devi
 
 @pytest.mark.parametrize("h_q", HEADS)
 def test_head_counts(h_q, device):
-    cache_format = random.choice(["bf16", "fp8"])
+    cache_format = random.choice(["bf16", "fp8", "fp8_ds_mla"])
     problem = make_problem(random_lengths(2, 200), h_q=h_q, cache_format=cache_format, device=device)
     check(problem, plan=plan_for(problem))
 
@@ -105,6 +106,55 @@ def test_fp8_scale_may_be_a_number(device):
     as_number = dense_decode.mla_decode(*problem.arguments(), k_scale=float(problem.k_scale))
     for a, b in zip(as_tensor, as_number, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cache_format", ["fp8", "fp8_ds_mla"])
+def test_every_e4m3_value_is_read_exactly(cache_format, device):
+    """The output of a request with one key is that key's latent part: all codes, at both places of a pair."""
+    problem = make_problem([1], h_q=4, cache_format=cache_format, device=device)
+    codes = torch.arange(256, device=device).to(torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0  # NaN
+    codes = torch.cat([codes, codes.roll(1)])
+    row = problem.cache[problem.block_table[0, 0], 0].view(torch.uint8)
+    row[:512] = codes
+    scale = 1.0
+    if cache_format == "fp8_ds_mla":
+        scale = 0.125
+        row[layout.DS_MLA_SCALES_OFFSET : layout.DS_MLA_ROPE_OFFSET] = torch.full((4,), scale).view(torch.uint8)
+    problem.k_scale = 1.0
+    out, _ = decode(problem, plan=plan_for(problem))
+    assert torch.equal(out[0, 0, 0].double(), codes.view(torch.float8_e4m3fn).double() * scale)
+
+
+def test_ds_mla_scales_of_any_size(device):
+    """Scales over nine decades, side by side in a row and from row to row; the error is that of rounded weights."""
+    lengths = [1, 90, 0, 200]
+    problem = make_problem(lengths, h_q=4, page_size=32, cache_format="fp8_ds_mla", device=device)
+    q, cache, table, lens = problem.arguments()
+    slots = torch.cat([table[i, torch.arange(n) // 32] * 32 + torch.arange(n, device=device) % 32
+                       for i, n in enumerate(lengths)]).long()  # fmt: skip
+    scales = torch.exp(torch.empty(len(slots), 4, device=device).uniform_(math.log(1e-6), math.log(1e3)))
+    values = torch.randn(len(slots), 576, device=device) * 100 * scales.repeat_interleave(144, 1)
+    write_ds_mla_rows(cache, slots, torch.cat([values[:, :512], torch.randn_like(values[:, :64])], 1), scales)
+    problem.q = (q.float() / 1e5).to(q.dtype)
+    out, lse = decode(problem, plan=plan_for(problem))
+    want, want_lse = problem.expected()
+    torch.testing.assert_close(lse.double(), want_lse, rtol=8.01 / 65536, atol=1e-4)
+    rows = layout.read_cache(cache, dtype=torch.float64).flatten(0, 1)[slots].split(lengths)
+    for i, n in enumerate(lengths):
+        scores = problem.q[i, 0].double() @ rows[i].T * 576**-0.5
+        size = torch.softmax(scores, 1) @ rows[i][:, :512].abs() if n else torch.zeros(4, 512, device=device)
+        assert ((out[i, 0] - want[i, 0]).abs() <= 2**-7 * size).all()  # out may be rounded too
+
+
+def test_ds_mla_rows_without_keys_do_not_see_wild_scales(device):
+    """Infinite and NaN scales in rows that nobody attends to, beside tokens in use."""
+    problem = make_problem([17, 40], h_q=4, page_size=16, cache_format="fp8_ds_mla", device=device)
+    _, cache, table, _ = problem.arguments()
+    for page, first in ((int(table[0, 1]), 1), (int(table[1, 2]), 8)):
+        scales = cache[page, first:, layout.DS_MLA_SCALES_OFFSET : layout.DS_MLA_ROPE_OFFSET]
+        scales.copy_(torch.tensor([torch.inf, torch.nan, -torch.inf, 3e38], device=device).view(torch.uint8))
+    check(problem, plan=plan_for(problem))
 
 
 def test_large_scores_neither_overflow_nor_lose_the_largest(device):

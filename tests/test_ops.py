@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from problems import assert_matches, make_problem, random_lengths
+from problems import FORMATS, assert_matches, make_problem, random_lengths
 
 from vllm_fusedmla import ops
 
@@ -70,6 +70,27 @@ def test_flash_mla_takes_quantised_queries(device):
         q8, cache.unsqueeze(2), table, lens, descale_q=scale, descale_k=problem.k_scale, causal=True
     )
     assert_matches(problem, out, lse.transpose(1, 2))
+
+
+def test_flash_mla_reads_rows_with_their_own_scales(device):
+    problem = make_problem([30, 90], h_q=4, cache_format="fp8_ds_mla", device=device)
+    q, cache, table, lens = problem.arguments()
+    meta = ops.get_mla_metadata()[0]
+    for _ in range(2):
+        out, lse = ops.flash_mla_with_kvcache(
+            q, cache.unsqueeze(2), table, lens, tile_scheduler_metadata=meta, causal=True, is_fp8_kvcache=True
+        )
+        assert_matches(problem, out, lse.transpose(1, 2))
+    of_other_format = ops.get_mla_metadata(lens, 4, 1, is_fp8_kvcache=True)
+    with pytest.raises(ValueError, match=re.escape("must come from get_mla_metadata()")):
+        ops.flash_mla_with_kvcache(q, cache.unsqueeze(2), table, lens, 512, *of_other_format)
+
+
+@pytest.mark.gpu
+def test_a_float16_query_beside_a_bfloat16_rope_part_is_refused(device):
+    problem = make_problem([30], h_q=4, cache_format="fp8_ds_mla", device=device)
+    with pytest.raises(ValueError, match="q must be torch.bfloat16 for an fp8_ds_mla cache"):
+        ops.mla_decode(problem.q.half(), *problem.arguments()[1:])
 
 
 def broken(problem, **changes):
@@ -143,6 +164,6 @@ def test_flash_mla_refuses_what_it_does_not_have(problem):
 
 
 def test_random_problems_through_the_public_api(device):
-    for cache_format in ("bf16", "fp8"):
+    for cache_format in FORMATS:
         problem = make_problem(random_lengths(3, 150), h_q=5, page_size=32, cache_format=cache_format, device=device)
         assert_matches(problem, *run(ops.mla_decode, problem))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,7 +191,7 @@ class TestSelection:
         config = AttentionSelectorConfig(**{**asked, **changes})
         return current_platform.get_attn_backend_cls(AttentionBackendEnum["FUSEDMLA"], config)
 
-    @pytest.mark.parametrize("kv_cache_dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3"])
+    @pytest.mark.parametrize("kv_cache_dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_ds_mla"])
     def test_mla_layers_get_fusedmla(self, kv_cache_dtype: str) -> None:
         assert self.choose(kv_cache_dtype=kv_cache_dtype, block_size=64) == plugin.CLASS_PATH
 
@@ -207,6 +208,7 @@ class TestSelection:
             ({"use_sparse": True}, "sparse attention"),
             ({"kv_cache_dtype": "fp8_e5m2"}, "KV cache dtype fp8_e5m2 is none of auto, bfloat16"),
             ({"kv_cache_dtype": "float16"}, "a float16 KV cache needs a float16 model, not bfloat16"),
+            ({"kv_cache_dtype": "fp8_ds_mla", "dtype": "float16"}, "bfloat16, needs a bfloat16 model, not float16"),
             ({"has_sink": True}, "sinks"),
             ({"use_pcp": True}, "PCP"),
             ({"has_sliding_window": True}, "sliding window"),
@@ -235,6 +237,22 @@ class TestSelection:
             **{"use_mla": True, "attn_type": "decoder", "device_capability": DeviceCapability(7, 5)},
         )
         assert "compute capability 7.5 is below 8.0" in reasons
+
+    def test_a_compiler_pass_that_does_not_know_the_cache_format_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plugin.register()
+        from vllm_fusedmla import backend
+
+        passes = SimpleNamespace(fuse_rope_kvcache_cat_mla=True)
+        config = SimpleNamespace(compilation_config=SimpleNamespace(pass_config=passes))
+        monkeypatch.setattr(backend, "get_current_vllm_config_or_none", lambda: config)
+        monkeypatch.setattr(compat, "max_decode_query_len", lambda config: 1)
+        assert self.choose(kv_cache_dtype="fp8") == plugin.CLASS_PATH
+        with pytest.raises(ValueError, match="fuse_rope_kvcache_cat_mla cannot write an fp8_ds_mla KV cache"):
+            self.choose(kv_cache_dtype="fp8_ds_mla")
+        passes.fuse_rope_kvcache_cat_mla = False
+        assert self.choose(kv_cache_dtype="fp8_ds_mla") == plugin.CLASS_PATH
 
     def test_speculation_beyond_the_kernels_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         plugin.register()

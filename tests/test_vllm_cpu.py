@@ -133,10 +133,13 @@ def test_same_tokens_as_cpu_mla(engine: Engine, prompts: list[Any]) -> None:
     assert "Using CPU_MLA backend" in stock_log
 
 
-def test_fp8_cache(engine: Engine, prompts: list[Any]) -> None:
-    tokens, logprobs, log = engine.answers(attention_backend="FUSEDMLA", kv_cache_dtype="fp8")
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "cache"), [("fp8", "576] in float8_e4m3fn"), ("fp8_ds_mla", "656] in uint8")]
+)
+def test_fp8_cache(engine: Engine, prompts: list[Any], kv_cache_dtype: str, cache: str) -> None:
+    tokens, logprobs, log = engine.answers(attention_backend="FUSEDMLA", kv_cache_dtype=kv_cache_dtype)
     exact_tokens, exact_logprobs, _ = engine.answers(attention_backend="FUSEDMLA")
-    assert ", 576] in float8_e4m3fn, PyTorch reference" in log
+    assert f", {cache}, PyTorch reference" in log
     assert share_right(prompts, tokens) >= 0.9
     same = [a == b for i in range(len(prompts)) for a, b in zip(tokens[i], exact_tokens[i], strict=True)]
     assert sum(same) / len(same) >= 0.9

@@ -7,15 +7,20 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
+import cubins
 import pytest
 
 from vllm_fusedmla import __version__
+from vllm_fusedmla.kernels.hopper.build import cubin_path
+from vllm_fusedmla.kernels.hopper.variants import VARIANTS
 
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "vllm_fusedmla", "kernels", "tests", "evals", "scripts")
+FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+FOLDERS = ("vllm_fusedmla", "kernels", "tests", "evals", "scripts")
 DIST_INFO = f"vllm_fusedmla-{__version__}.dist-info"
 
 
@@ -26,20 +31,23 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, because setuptools writes beside the sources."""
-    repo, folder = Path(__file__).resolve().parent.parent, tmp_path_factory.mktemp("wheel")
-    copy = folder / "sources"
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, because setuptools writes beside them; with the cubins, which serve it as a cache."""
+    cubins.build_all()
+    repo, copy = Path(__file__).resolve().parent.parent, tmp_path_factory.mktemp("wheel") / "sources"
     copy.mkdir()
-    for name in SOURCES:
-        source = repo / name
-        if source.is_dir():
-            shutil.copytree(source, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, copy / name)
+    for name in FILES:
+        shutil.copy(repo / name, copy / name)
+    for name in FOLDERS:
+        shutil.copytree(repo / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(copy: Path) -> Path:
     build = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation"]
-    run(*build, "--wheel-dir", folder / "dist", ".", cwd=copy)
-    (built,) = (folder / "dist").iterdir()
+    run(*build, "--wheel-dir", copy.parent / "dist", ".", cwd=copy)
+    (built,) = (copy.parent / "dist").iterdir()
     return built
 
 
@@ -77,6 +85,31 @@ def test_content(wheel: Path, repo: Path) -> None:
             "[vllm.platform_plugins] fusedmla = vllm_fusedmla.plugin:early_hook"
         ).split()
     )
+
+
+def test_cubins_and_their_sources(wheel: Path, repo: Path) -> None:
+    for name in VARIANTS:
+        cubins.report(name)  # fails or skips without a compiler
+    folder = "vllm_fusedmla/kernels/hopper"
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith(f"{folder}/")}
+        assert {name for name in names if "/cubin/" in name} == {f"{folder}/cubin/{name}.cubin" for name in VARIANTS}
+        for name in VARIANTS:
+            assert archive.read(f"{folder}/cubin/{name}.cubin") == cubin_path(name).read_bytes()
+    assert {f"{folder}/{path.name}" for path in (repo / "kernels" / "hopper").glob("*.cu*")} <= names
+
+
+def test_source_distribution_has_sources_and_no_binaries(wheel: Path, copy: Path, repo: Path) -> None:
+    code = "import setuptools.build_meta as backend; backend.build_sdist('../sdist')"
+    run(sys.executable, "-c", code, cwd=copy)
+    root = f"vllm_fusedmla-{__version__}"
+    with tarfile.open(copy.parent / "sdist" / f"{root}.tar.gz") as archive:
+        names = set(archive.getnames())
+    sources = [path for path in (repo / "kernels").rglob("*.*") if path.suffix in {".py", ".cu", ".cuh"}]
+    assert {path.suffix for path in sources} == {".py", ".cu", ".cuh"}
+    assert {f"{root}/vllm_fusedmla/{path.relative_to(repo)}" for path in sources} <= names
+    assert {f"{root}/{name}" for name in FILES} <= names
+    assert not [name for name in names if name.endswith((".cubin", ".so"))]
 
 
 def test_imports_outside_the_repository(python: Path, tmp_path: Path) -> None:

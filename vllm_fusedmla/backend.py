@@ -27,7 +27,7 @@ from .metadata import FusedMLAMetadata, FusedMLAMetadataBuilder, decode_tokens, 
 
 logger = init_logger(f"vllm.{__name__}")
 
-_KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3")
+_KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_ds_mla")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -98,7 +98,11 @@ class FusedMLABackend(MLACommonBackend):
     ) -> str | None:
         if kv_cache_dtype in ("bfloat16", "float16") and f"torch.{kv_cache_dtype}" != str(dtype):
             return f"a {kv_cache_dtype} KV cache needs a {kv_cache_dtype} model, not {_name(dtype)}"
+        if kv_cache_dtype == "fp8_ds_mla" and dtype != torch.bfloat16:
+            return f"an fp8_ds_mla KV cache, whose rope part is bfloat16, needs a bfloat16 model, not {_name(dtype)}"
         vllm_config = get_current_vllm_config_or_none()
+        if kv_cache_dtype == "fp8_ds_mla" and vllm_config is not None and compat.fused_rope_writes_cache(vllm_config):
+            return "vLLM's pass fuse_rope_kvcache_cat_mla cannot write an fp8_ds_mla KV cache, set it to false"
         longest = 1 if vllm_config is None else compat.max_decode_query_len(vllm_config)
         if longest > MAX_S_Q:
             return f"it decodes at most {MAX_S_Q} tokens a request, speculation asks for {longest}"
@@ -248,7 +252,8 @@ class FusedMLAImpl(MLACommonImpl[FusedMLAMetadata]):
         Args:
             q: absorbed query ``[B, N, 512]`` and rope part ``[B, N, 64]`` with any strides, or one ``[B, N, 576]``
                 (decode context parallelism); B is num_decodes x s_q, request-major.
-            kv_c_and_k_pe_cache: ``[num_pages, page_size, 576]`` in the cache's dtype.
+            kv_c_and_k_pe_cache: ``[num_pages, page_size, 576]`` in the cache's dtype, for fp8_ds_mla
+                ``[num_pages, page_size, 656]`` uint8.
             attn_metadata: of this step.
             layer: the MLAAttention layer, for its scales.
 

@@ -128,6 +128,16 @@ def max_decode_query_len(vllm_config: Any) -> int:
     return int(max_decode_query_len(vllm_config))
 
 
+def fused_rope_writes_cache(vllm_config: Any) -> bool:
+    """Whether vLLM's compiler replaces rotary embedding and cache write by one operator, which knows no fp8_ds_mla.
+
+    Reason: the operator takes rows of 576 elements only and raises on others when the first batch runs. The pass is off
+    by default, and on with Inductor's graph partition or without splitting at attention.
+    Goes: when the operator writes fp8_ds_mla, or the pass leaves such layers out.
+    """
+    return bool(vllm_config.compilation_config.pass_config.fuse_rope_kvcache_cat_mla)
+
+
 # ------------------------------------------------------------------------------------------- vLLM's CPU platform
 
 

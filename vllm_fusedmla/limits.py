@@ -20,7 +20,7 @@ _WARM_UP_REQUESTS = 64
 def cache_format_name(kv_cache_dtype: str, model_dtype: torch.dtype) -> str:
     """The name in `layout` of vLLM's --kv-cache-dtype for a model of `model_dtype`."""
     if kv_cache_dtype.startswith("fp8"):
-        return "fp8"
+        return "fp8_ds_mla" if kv_cache_dtype == "fp8_ds_mla" else "fp8"
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     return {"bfloat16": "bf16", "float16": "fp16"}.get(kv_cache_dtype) or names[model_dtype]
 
@@ -88,9 +88,8 @@ class DecodeLimits:
 
         # As wide as vLLM makes it: whether 16 divides the width is part of what Triton compiles for.
         table_width = -(-self.max_seq_len // page_size)
-        dtype = torch.float8_e4m3fn if self.cache_format == "fp8" else self.dtype
-        cache = torch.zeros(1, page_size, layout.D_QK, dtype=torch.uint8, device=device)
-        cache = cache.view(dtype) if self.cache_format == "fp8" else cache.to(dtype)
+        token = layout.pack_rows(torch.zeros(1, layout.D_QK, device=device), self.cache_format)
+        cache = token.new_empty(1, page_size, token.shape[1])
         for s_q in range(1, self.query_len + 1):
             for b in {1, min(self.requests, _WARM_UP_REQUESTS)}:
                 q = torch.zeros(b, s_q, self.heads, layout.D_QK, dtype=self.dtype, device=device)

@@ -37,13 +37,14 @@ def mla_decode(
 
     Args:
         q: ``[b, s_q, h_q, 576]`` bf16 or fp16, 1 <= s_q <= 8, 1 <= h_q <= 128; latent part first, rope part last.
-        cache: ``[num_pages, page_size, 576]`` bf16 or fp16 (q's dtype), or float8_e4m3fn or uint8 with `k_scale`;
+        cache: ``[num_pages, page_size, 576]`` bf16 or fp16 (q's dtype), or float8_e4m3fn or uint8 with `k_scale`; or
+            ``[num_pages, page_size, 656]`` uint8 in the format `fp8_ds_mla` of `kernels.layout`, beside a bf16 q;
             page_size a multiple of 16; the page stride may be larger than a page.
         block_table: ``[b, max_pages]`` int32; entries past a request's last page are never used.
         seq_lens: ``[b]`` int32, keys of each request including its `s_q` new tokens; 0 for an empty request.
         sm_scale: softmax scale, ``576 ** -0.5`` by default.
         causal: query row i sees the keys before ``seq_len - s_q + 1 + i``; without it, all keys.
-        k_scale: scale of an fp8 cache, a number or a float32 tensor of one element on q's device.
+        k_scale: scale of an fp8 cache of width 576, a number or a float32 tensor of one element on q's device.
         batch_invariant: the same bits for a request whatever else is in the batch; takes about 64 KiB of scratch
             memory for each of the b x s_q x h_q query rows.
         schedule: from `decode_schedule` with the same arguments, to share it among calls with the same lengths.
@@ -159,7 +160,7 @@ def get_mla_metadata(
         num_q_tokens_per_head_k: ``s_q * h_q // h_k``.
         num_heads_k: 1.
         num_heads_q: not needed.
-        is_fp8_kvcache: whether the cache will be fp8.
+        is_fp8_kvcache: whether the cache will be fp8 of width 576. For one of width 656 give no arguments.
         topk: must be None; sparse attention is not part of this release.
 
     Returns:
@@ -215,7 +216,8 @@ def flash_mla_with_kvcache(
 
     Args:
         q: ``[b, s_q, h_q, 576]`` bf16 or fp16; e4m3 with `descale_q` is taken too and computed in bf16.
-        k_cache: ``[num_blocks, page_block_size, 1, 576]`` bf16, fp16, or e4m3 or uint8 with `descale_k`.
+        k_cache: ``[num_blocks, page_block_size, 1, 576]`` bf16, fp16, or e4m3 or uint8 with `descale_k`; or
+            ``[num_blocks, page_block_size, 1, 656]`` uint8, as in `mla_decode`.
         block_table: ``[b, max_num_blocks_per_seq]`` int32.
         cache_seqlens: ``[b]`` int32.
         head_dim_v: 512.
@@ -249,7 +251,10 @@ def flash_mla_with_kvcache(
     elif tile_scheduler_metadata is not None:
         if num_splits is None:
             raise ValueError("num_splits must come with tile_scheduler_metadata, got None")
-        params = _plan_params(q.shape[1] * q.shape[2], layout.cache_format(cache), cache_seqlens)
+        name = layout.cache_format(cache)
+        if name == "fp8_ds_mla":  # is_fp8_kvcache, and so the metadata, is about the other fp8 format
+            raise ValueError("tile_scheduler_metadata of a k_cache of width 656 must come from get_mla_metadata()")
+        params = _plan_params(q.shape[1] * q.shape[2], name, cache_seqlens)
         schedule = _unpack_metadata(tile_scheduler_metadata, num_splits, params)
     result, lse = mla_decode(
         q,
@@ -303,10 +308,12 @@ def _check(q, cache, block_table, seq_lens, k_scale) -> None:
     name = layout.cache_format(cache)
     if cache.shape[1] % 16:
         raise ValueError(f"cache must have a page_size that is a multiple of 16, got {cache.shape[1]}")
-    if on_gpu and name not in ("bf16", "fp16", "fp8"):
-        raise ValueError(f"cache must be bf16, fp16 or fp8 on a GPU, got {name}")
-    if on_gpu and name != "fp8" and cache.dtype != q.dtype:
+    if on_gpu and name not in ("bf16", "fp16", "fp8", "fp8_ds_mla"):
+        raise ValueError(f"cache must be bf16, fp16, fp8 or fp8_ds_mla on a GPU, got {name}")
+    if on_gpu and not name.startswith("fp8") and cache.dtype != q.dtype:
         raise ValueError(f"cache must be fp8 or have q's dtype {q.dtype}, got {cache.dtype}")
+    if on_gpu and name == "fp8_ds_mla" and q.dtype != torch.bfloat16:
+        raise ValueError(f"q must be torch.bfloat16 for an fp8_ds_mla cache, whose rope part is, got {q.dtype}")
     if cache.stride(0) % 16:
         raise ValueError(f"cache must have a page stride that is a multiple of 16 elements, got {cache.stride(0)}")
     if block_table.dim() != 2 or block_table.shape[0] != b:

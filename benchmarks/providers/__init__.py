@@ -9,6 +9,7 @@ from benchmarks.providers.fa3 import FlashAttention3, FlashAttention3Schedule, F
 from benchmarks.providers.flashinfer_fa3 import FlashInfer
 from benchmarks.providers.flashmla import FlashMLA, FlashMLASchedule, SglFlashMLA
 from benchmarks.providers.fusedmla import FusedMLA, FusedMLANoSchedule
+from benchmarks.providers.fusedmla import FusedMLAPortable as FusedMLAPortable
 from benchmarks.providers.reference import Reference
 from benchmarks.providers.triton_mla import TritonMLA
 
@@ -17,6 +18,7 @@ ALL: dict[str, type[Provider]] = {
     for provider in (
         FusedMLA,
         FusedMLANoSchedule,
+        FusedMLAPortable,
         FlashMLA,
         FlashMLASchedule,
         SglFlashMLA,

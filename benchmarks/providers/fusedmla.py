@@ -2,6 +2,7 @@
 """This project's kernels."""
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,12 +10,15 @@ from benchmarks.cases import D_V
 from benchmarks.inputs import Inputs
 from benchmarks.providers.base import Prepared, Provider, Unavailable
 
+if TYPE_CHECKING:
+    from vllm_fusedmla.kernels.plan import DecodePlan
+
 
 class FusedMLA(Provider):
     """This project's kernel: schedule, split-KV decode and combine."""
 
     name = "fusedmla"
-    dtypes: tuple[str, ...] = ("bf16", "fp8")
+    dtypes: tuple[str, ...] = ("bf16", "fp8", "fp8_ds_mla")
     strict = True
     timed_schedule = True
 
@@ -31,9 +35,13 @@ class FusedMLA(Provider):
 
         return f"vllm_fusedmla {vllm_fusedmla.__version__}"
 
+    def plan_for(self, x: Inputs) -> "DecodePlan":
+        """The kernel and launch shape for a case: what a server would get."""
+        return self._plan.decode_plan(x.case.s_q, x.case.h_q, x.dtype, x.q.device)
+
     def prepare(self, x: Inputs) -> Prepared:
         case, device = x.case, x.q.device
-        plan = self._plan.decode_plan(case.s_q, case.h_q, x.dtype, device)
+        plan = self.plan_for(x)
         tiles = self._schedule.build_schedule(x.seq_lens, plan.params)
         shapes = plan.workspace_shapes(case.b, case.s_q, case.h_q)
         workspace = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
@@ -71,3 +79,17 @@ class FusedMLANoSchedule(FusedMLA):
 
     name = "fusedmla-noschedule"
     timed_schedule = False
+
+
+class FusedMLAPortable(FusedMLA):
+    """The portable Triton kernel, also where a kernel for this very GPU would be chosen."""
+
+    name = "fusedmla-portable"
+
+    def plan_for(self, x: Inputs) -> "DecodePlan":
+        from vllm_fusedmla.kernels.common import device_facts
+        from vllm_fusedmla.kernels.select import select_portable
+
+        rows = x.case.s_q * x.case.h_q
+        arch, num_sms = device_facts(x.q.device)
+        return self._plan.make_plan(select_portable(arch, rows, x.dtype), rows, num_sms, False)

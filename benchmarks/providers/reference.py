@@ -11,7 +11,7 @@ class Reference(Provider):
     """The eager PyTorch oracle. Slow; it exists so that the program can be tried without a GPU."""
 
     name = "reference"
-    dtypes: tuple[str, ...] = ("bf16", "fp8")
+    dtypes: tuple[str, ...] = ("bf16", "fp8", "fp8_ds_mla")
     strict = True
 
     def runs_on_cpu(self) -> bool:

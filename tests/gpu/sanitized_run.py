@@ -10,6 +10,7 @@ from vllm_fusedmla.kernels.plan import decode_plan
 
 def main() -> None:
     cases = [("bf16", 16, 1, 64), ("fp8", 16, 2, 64), ("bf16", 40, 1, 16), ("fp8", 64, 1, 32)]
+    cases += [("fp8_ds_mla", 16, 2, 64), ("fp8_ds_mla", 40, 1, 16)]
     for cache_format, h_q, s_q, page_size in cases:
         for batch_invariant in (False, True):
             problem = make_problem(

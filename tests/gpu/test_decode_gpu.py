@@ -7,14 +7,15 @@ import time
 
 import pytest
 import torch
-from problems import assert_matches, make_problem, random_lengths
+from problems import FORMATS, assert_matches, make_problem, random_lengths
 
 from vllm_fusedmla import ops
-from vllm_fusedmla.kernels import dense_decode, layout
+from vllm_fusedmla.kernels import dense_decode
 from vllm_fusedmla.kernels.plan import decode_plan
 from vllm_fusedmla.kernels.schedule import allocate_schedule, build_schedule
 
 HEADS = [1, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128]
+SERVED = ["bf16", "fp8", "fp8_ds_mla"]
 SOAK_SECONDS = float(os.environ.get("FUSEDMLA_SOAK_SECONDS", "20"))
 
 
@@ -24,7 +25,7 @@ def decode(problem, batch_invariant=False, **options):
     return dense_decode.mla_decode(*problem.arguments(), k_scale=problem.k_scale, plan=plan, **options)
 
 
-@pytest.mark.parametrize("cache_format", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("cache_format", FORMATS)
 @pytest.mark.parametrize("h_q", HEADS)
 def test_head_counts_at_full_size(h_q, cache_format):
     problem = make_problem(
@@ -39,7 +40,7 @@ def test_head_counts_at_full_size(h_q, cache_format):
 def test_query_lengths_and_page_sizes(s_q, page_size):
     problem = make_problem(
         random_lengths(9, 2500), h_q=random.choice([8, 16]), s_q=s_q, page_size=page_size,
-        cache_format=random.choice(["bf16", "fp8"]), device="cuda", extra_stride=random.choice([0, 128]),
+        cache_format=random.choice(SERVED), device="cuda", extra_stride=random.choice([0, 128]),
     )  # fmt: skip
     assert_matches(problem, *decode(problem))
 
@@ -52,7 +53,7 @@ def test_soak_of_random_batches():
         h_q, s_q = random.choice(shapes)
         problem = make_problem(
             random_lengths(random.choice([1, 2, 5, 33, 130]), random.choice([300, 4000])), h_q=h_q, s_q=s_q,
-            cache_format=random.choice(["bf16", "fp8"]), device="cuda", spread=random.choice([0.5, 2.0, 4.0]),
+            cache_format=random.choice(SERVED), device="cuda", spread=random.choice([0.5, 2.0, 4.0]),
         )  # fmt: skip
         batch_invariant = random.random() < 0.3
         out, lse = decode(problem, batch_invariant)
@@ -64,7 +65,7 @@ def test_soak_of_random_batches():
     assert rounds > 10
 
 
-@pytest.mark.parametrize("cache_format", ["bf16", "fp8"])
+@pytest.mark.parametrize("cache_format", SERVED)
 def test_cuda_graph_follows_new_lengths_without_allocation(cache_format):
     b, h_q, s_q = 6, 16, 2
     problem = make_problem([3000] * b, h_q=h_q, s_q=s_q, cache_format=cache_format, device="cuda")
@@ -108,7 +109,7 @@ def test_no_host_synchronisation():
 
 
 @pytest.mark.parametrize("h_q", [16, 128])
-@pytest.mark.parametrize("cache_format", ["bf16", "fp8"])
+@pytest.mark.parametrize("cache_format", SERVED)
 def test_batch_invariant_bits(h_q, cache_format):
     problem = make_problem([*random_lengths(20, 4000), 9000], h_q=h_q, cache_format=cache_format, device="cuda")
     q, cache, table, lens = problem.arguments()
@@ -122,12 +123,12 @@ def test_batch_invariant_bits(h_q, cache_format):
             assert torch.equal(got[0][0], whole[0][i]) and torch.equal(got[1][0], whole[1][i])
 
 
-@pytest.mark.parametrize("cache_format", ["bf16", "fp8"])
+@pytest.mark.parametrize("cache_format", SERVED)
 def test_pages_beyond_two_to_the_31(cache_format):
     problem = make_problem([200, 64], h_q=16, cache_format=cache_format, device="cuda")
     q, cache, table, lens = problem.arguments()
-    dtype, pages = cache.dtype, 2**32 // (64 * layout.D_QK) + 100
-    large = torch.empty(pages, 64, layout.D_QK, dtype=dtype, device="cuda")
+    dtype, width, pages = cache.dtype, cache.shape[2], 2**32 // (64 * cache.shape[2]) + 100
+    large = torch.empty(pages, 64, width, dtype=dtype, device="cuda")
     moved = pages - 1 - torch.arange(cache.shape[0], device="cuda")
     large.view(torch.uint8)[moved] = cache.view(torch.uint8)
     used = table < cache.shape[0]

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 HERE = pathlib.Path(__file__).parent
-KERNELS = ["schedule_kernel", "_decode_kernel", "_combine_kernel"]
+KERNELS = ["schedule_kernel", "decode_kernel", "_combine_kernel"]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])

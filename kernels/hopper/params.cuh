@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one parameter of every kernel here. launch.py mirrors it field by field.
+#pragma once
+
+#include "ptx.cuh"
+
+constexpr int kTile = 64;   // KV tokens of a tile
+constexpr int kGroup = 8;   // tokens copied by one instruction: their rows are one stretch of memory
+constexpr int kLatent = 512;
+constexpr int kRope = 64;
+
+struct Schedule {
+    int b;
+    int programs;  // per block of query rows
+    int fixed_tiles, min_tiles;
+    int min_share;  // of a program, in tiles and fixed tiles
+    int batch_invariant, max_splits;
+};
+
+struct Strides {  // in elements
+    int64_t b, s, h;
+};
+
+struct Params {
+    TensorMap latent;      // 16-bit caches: whole rows
+    TensorMap rope;        // 8-bit caches
+    TensorMap scales;      // fp8_ds_mla
+    const void* q_nope;    // [b, s_q, h_q, 512]
+    const void* q_rope;    // [b, s_q, h_q, 64]
+    const int* block_table;  // [b, max_pages]
+    const int* seq_lens;   // [b]
+    void* out;             // [b, s_q, h_q, 512]
+    float* lse;            // [b, s_q, h_q]
+    float* partial_out;    // [slots, s_q * h_q, 512]
+    float* partial_lse;    // [slots, s_q * h_q], base-2 logarithm
+    unsigned* arrivals;    // [b, row blocks], zero between launches
+    const float* k_scale;  // null: k_scale_value counts
+    Strides q_nope_stride, q_rope_stride;
+    int64_t table_stride;
+    Schedule schedule;
+    float k_scale_value;
+    float scale_log2;  // softmax scale times log2(e)
+    int s_q, h_q;
+    int causal;
+    int page_size;
+    int q_is_fp16;     // 8-bit caches: dtype of q and out
+};

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared memory of the swap-AB kernel: what lies where, for each cache format and number of query rows.
+#pragma once
+
+#include "splitkv.cuh"
+
+enum class Format { kSixteenBit, kFp8, kFp8DsMla };
+
+constexpr int kConsumers = 256;  // two warpgroups
+constexpr int kThreads = kConsumers + kWarpgroup;  // of the third warpgroup one warp copies; its registers go to the others
+constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
+constexpr int kSharedLimit = 227 * 1024;
+constexpr int kBlock = kGroup * 128;  // bytes of 8 tokens x 128 bytes: what a swizzle permutes
+
+template <Format FORMAT, int N>
+struct Plan {
+    // A tile: 8 groups of 8 tokens; of a group, blocks of 128 bytes of each token.
+    static constexpr int kRowBytes = FORMAT == Format::kSixteenBit ? 1152 : FORMAT == Format::kFp8 ? 576 : 656;
+    static constexpr int kBlocks = FORMAT == Format::kSixteenBit ? 9 : 4;
+    static constexpr int kGroupBytes = kBlocks * kBlock;
+    static constexpr int kRopeOffset = 8 * kGroupBytes;  // of 8-bit formats: 64 tokens of 64 bytes, or 128 (fp8_ds_mla)
+    static constexpr int kScalesOffset = kRopeOffset + kTile * 128;  // fp8_ds_mla: 64 tokens of 16 bytes
+    static constexpr int kStageBytes = kTile * kRowBytes;
+    // The query: N rows in nine blocks of 64 elements. Reused to turn the result around.
+    static constexpr int kQueryBlock = N * 128;
+    static constexpr int kQueryBytes = 9 * kQueryBlock;
+    static constexpr int kResultPitch = kLatent + 16;  // bytes of half a result row of 16-bit values, and against bank conflicts
+    // Weights: N rows of 64 tokens for each warpgroup, one version for each scale group of a token.
+    static constexpr int kWeightVersions = FORMAT == Format::kFp8DsMla ? 4 : 1;
+    static constexpr int kWeightBytes = N * 128;
+    static constexpr int kReleases = kWarpgroup;  // threads that release a stage
+    static constexpr int kItems = 4;  // handed to the computing warps ahead of time
+    static constexpr int kItemBytes = 48;
+    static constexpr int kExchangeFloats = 2 * 4 * N + 2 * N + N;  // per warp and column, per warpgroup and column, row scales
+    static constexpr int kFixedBytes =
+        kQueryBytes + 2 * kWeightVersions * kWeightBytes + kExchangeFloats * 4 + 512 /* barriers, items */;
+    static constexpr int kStages = (kSharedLimit - kFixedBytes) / kStageBytes < 6
+                                       ? (kSharedLimit - kFixedBytes) / kStageBytes
+                                       : 6;
+
+    static constexpr int kQuery = kStages * kStageBytes;
+    static constexpr int kWeights = kQuery + kQueryBytes;
+    static constexpr int kExchange = kWeights + 2 * kWeightVersions * kWeightBytes;
+    static constexpr int kRowScale = kExchange + 10 * N * 4;
+    static constexpr int kBarriers = kExchange + kExchangeFloats * 4;
+    static constexpr int kItemQueue = kBarriers + 16 * (kStages + kItems);
+    static constexpr int kBytes = kItemQueue + kItems * kItemBytes;
+    static_assert(kStages >= 2 && kBytes <= kSharedLimit);
+    static_assert(2 * N * kResultPitch <= kQueryBytes && 2 * 2 * N * 64 * 4 <= kQueryBytes);  // results, parcels
+    static_assert(merge_scratch(kConsumers, N) * 4 <= kQueryBytes);
+    static_assert(kStageBytes % 1024 == 0 && kQueryBlock % 1024 == 0);
+};

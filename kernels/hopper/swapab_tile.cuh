@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two matrix products of a tile with the tokens on wgmma's M side and the query rows on its N side.
+//
+// Scores S^T = K Q^T: 64 tokens x N rows. Results O^T += V^T P^T: eight blocks of 64 latent columns x N rows. A warp has
+// 16 tokens of S^T and 16 columns of each block of O^T; its lane 4g + j holds tokens (columns) g and g + 8, rows
+// 8i + 2j and 8i + 2j + 1.
+#pragma once
+
+#include "swapab_plan.cuh"
+#include "wgmma.cuh"
+
+// ---- 16-bit caches: both operands straight from shared memory ----
+
+template <typename T, int N>
+__device__ inline void scores_16bit(float (&s)[N / 2], uint32_t tile, uint32_t query) {
+    keep_in_order(s);
+    wgmma_fence();
+    constexpr int kGroupBytes = 9 * kBlock;
+    uint64_t k = descriptor_128b(tile, kGroupBytes), q = descriptor_128b(query);
+#pragma unroll
+    for (int block = 0; block < 9; ++block, k += kBlock / 16, q += N * 128 / 16) {
+#pragma unroll
+        for (int step = 0; step < 4; ++step)  // 16 elements are 32 bytes, 2 units of a descriptor's address
+            Wgmma<T, N>::template shared<false>(s, k + step * 2, q + step * 2, block + step > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    keep_in_order(s);
+}
+
+template <typename T, int N>
+__device__ inline void accumulate_16bit(float (&o)[8][N / 2], uint32_t tile, uint32_t weights) {
+    uint64_t p = descriptor_128b(weights);
+#pragma unroll
+    for (int block = 0; block < 8; ++block) keep_in_order(o[block]);
+    wgmma_fence();
+    constexpr int kGroupBytes = 9 * kBlock;
+    uint64_t v = descriptor_128b(tile, kGroupBytes);
+#pragma unroll
+    for (int step = 0; step < 4; ++step, v += 2 * kGroupBytes / 16, p += 2) {
+#pragma unroll
+        for (int block = 0; block < 8; ++block)
+            Wgmma<T, N>::template shared<true>(o[block], v + block * (kBlock / 16), p, true);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int block = 0; block < 8; ++block) keep_in_order(o[block]);
+}
+
+// ---- 8-bit caches: fragments of bytes, widened to fp16 in registers ----
+
+// Four e4m3 codes to two pairs of fp16, which holds every one of them exactly.
+__device__ inline void widen(uint32_t codes, uint32_t& low, uint32_t& high) {
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, h;\n}\n"
+        : "=r"(low), "=r"(high)
+        : "r"(codes));
+}
+
+// Fragments of 16 tokens x 32 bytes: two steps of 16 elements. A lane has four neighbouring elements of a step where
+// wgmma expects two pairs 8 apart; the query is laid out to match (swapab_query.cuh).
+__device__ inline void widen_steps(const uint32_t (&raw)[4], uint32_t (&a)[2][4]) {
+    widen(raw[0], a[0][0], a[0][2]);
+    widen(raw[1], a[0][1], a[0][3]);
+    widen(raw[2], a[1][0], a[1][2]);
+    widen(raw[3], a[1][1], a[1][3]);
+}
+
+// The same of a transposed fragment, two columns of two tokens: the tokens of each column belong together.
+__device__ inline void widen_columns(uint32_t codes, uint32_t& even, uint32_t& odd) {
+    widen(__byte_perm(codes, 0, 0x3120), even, odd);
+}
+
+// Where 16 bytes of a token's latent part lie in an 8-bit tile.
+__device__ inline uint32_t latent_unit(uint32_t tile, int token, int unit) {
+    const int in_group = token % kGroup;
+    return tile + token / kGroup * 4 * kBlock + unit / 8 * kBlock + in_group * 128 + ((unit % 8 ^ in_group) << 4);
+}
+
+// Fragments are loaded, widened and multiplied in batches; one batch is widened while the last is multiplied.
+template <int N>
+constexpr int kFragmentBatch = N < 32 ? 2 : 1;  // 32 rows leave fewer registers
+
+// Scores over PAIRS x 32 elements from byte FIRST of the latent part on, or over the 64-byte rope part
+// from its 16-byte unit `first_unit` on.
+template <int N, int FIRST, int PAIRS, bool ROPE>
+__device__ inline void scores_8bit(float (&s)[N / 2], uint32_t tile, uint32_t query, bool accumulate,
+                                   int first_unit = 0) {
+    constexpr int kBatch = kFragmentBatch<N>;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
+    const int token = warp * 16 + lane % 16, half = lane / 16;
+    const auto load = [&](uint32_t (&raw)[kBatch][4], int batch) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int unit = FIRST / 16 + (batch * kBatch + i) * 2 + half;  // of 16 bytes
+            if constexpr (ROPE)  // rows of 64 bytes in the 64-byte swizzle
+                ldmatrix_x4(raw[i], tile + token * 64 + ((first_unit + unit ^ (token >> 1 & 3)) << 4));
+            else
+                ldmatrix_x4(raw[i], latent_unit(tile, token, unit));
+        }
+    };
+    constexpr int kQueryFirst = ROPE ? 512 : FIRST;
+    uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
+    load(raw[0], 0);
+    keep_in_order(s);
+#pragma unroll
+    for (int batch = 0; batch < PAIRS / kBatch; ++batch) {
+        if (batch + 1 < PAIRS / kBatch) load(raw[(batch + 1) % 2], batch + 1);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) widen_steps(raw[batch % 2][i], wide[batch % 2][i]);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 2 * kBatch; ++step) {
+            const int k = kQueryFirst + batch * 32 * kBatch + step * 16;
+            const uint64_t q = descriptor_128b(query + k / 64 * N * 128) + k % 64 / 8;
+            Wgmma<fp16, N>::registers(s, wide[batch % 2][step / 2][step % 2], q, accumulate || batch + step > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+    }
+    wgmma_wait<0>();
+    keep_in_order(s);
+}
+
+// O^T += V^T P^T over BLOCKS x 64 columns. Bytes are loaded as pairs of columns and transposed as such: the even columns of a warp's 16 become its
+// rows g, the odd ones its rows g + 8. Weights version `block / 2 * VERSION_BYTES` belongs to a scale group.
+template <int N, int BLOCKS, int VERSION_BYTES>
+__device__ inline void accumulate_8bit(float (&o)[BLOCKS][N / 2], uint32_t tile, uint32_t weights) {
+    constexpr int kBatch = kFragmentBatch<N>;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
+    const auto load = [&](uint32_t (&raw)[kBatch][4], int batch) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int at = batch * kBatch + i;
+            ldmatrix_x4_trans(raw[i], latent_unit(tile, at / BLOCKS * 32 + lane, at % BLOCKS * 4 + warp));
+        }
+    };
+    uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
+    load(raw[0], 0);
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) keep_in_order(o[block]);
+#pragma unroll
+    for (int batch = 0; batch < 2 * BLOCKS / kBatch; ++batch) {
+        if (batch + 1 < 2 * BLOCKS / kBatch) load(raw[(batch + 1) % 2], batch + 1);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const uint32_t(&codes)[4] = raw[batch % 2][i];
+            uint32_t(&a)[2][4] = wide[batch % 2][i];
+            widen_columns(codes[0], a[0][0], a[0][1]);
+            widen_columns(codes[1], a[0][2], a[0][3]);
+            widen_columns(codes[2], a[1][0], a[1][1]);
+            widen_columns(codes[3], a[1][2], a[1][3]);
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                const int at = batch * kBatch + i, block = at % BLOCKS;
+                const uint64_t p = descriptor_128b(weights + block / 2 * VERSION_BYTES) + (at / BLOCKS * 2 + step) * 2;
+                Wgmma<fp16, N>::registers(o[block], wide[batch % 2][i][step], p, true);
+            }
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) keep_in_order(o[block]);
+}

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// Split-KV MLA decode for 64 query rows a CTA, 16-bit caches: one launch, from sequence lengths to merged results.
+//
+// O of 64 x 512 float32 takes half of the register file, so two warpgroups share its columns ("two-wg"); a third one
+// scores and a warp of the fourth copies. Per tile of 64 tokens:
+//
+//   scorer         S = Q K^T | softmax -> P | next S ...         | its softmax ...
+//   multiplier A             |              | O[:, :256] += P V, begun | the rest of it
+//   multiplier B             |              | O[:, 256:] += P V, begun | the rest of it
+//
+// The multipliers hold back steps until the next S is there, so that the tensor cores have work during its softmax. As the
+// scorer has no part of O, there is room for most of the query in its registers, and with that out of shared memory almost
+// three tiles fit there. It runs ahead into the next item while the multipliers write their results.
+//
+// With more than 64 rows two CTAs form a cluster: both work on the same tiles for different rows, each copies half of a
+// tile and multicasts it to both, which halves the traffic out of L2.
+//
+// Compiled once for each: FUSEDMLA_TYPE (bf16, fp16), FUSEDMLA_CLUSTER (1, 2), FUSEDMLA_ENTRY.
+
+#include "twowg_copy.cuh"
+#include "twowg_multiply.cuh"
+#include "twowg_score.cuh"
+
+using Element = FUSEDMLA_TYPE;
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const __grid_constant__ Params p) {
+    const int warpgroup = threadIdx.x / kWarpgroup;
+    if (threadIdx.x == 3 * kWarpgroup) {
+        Shared::init_barriers();
+        tma_prefetch(&p.latent);
+        tma_prefetch(&p.rope);
+    }
+    if constexpr (kCluster == 1)
+        __syncthreads();
+    else
+        cluster_sync();
+    launch_dependents();
+    wait_for_predecessor();
+    if (warpgroup == 0) {
+        raise_registers<kScorerRegisters>();
+        Scorer<Element>(p).run();
+    } else if (warpgroup < 3) {
+        raise_registers<kMultiplierRegisters>();
+        Ring<kTaskSlots> tasks;
+        if (warpgroup == 1) {
+            if (multiplier_thread() < kWarp) Feeder(p).save();
+            Multiplier<Element, 0>(p).run(tasks);
+        } else {
+            Multiplier<Element, 1>(p).run(tasks);
+        }
+        merge_split<Element>(p, tasks);
+    } else {
+        lower_registers<kCopierRegisters>();
+        if (threadIdx.x < 3 * kWarpgroup + kWarp) Copier(p).run();
+    }
+    if constexpr (kCluster > 1) {
+        __syncwarp();
+        cluster_sync();  // the other CTA may still arrive at barriers of this one
+    }
+}

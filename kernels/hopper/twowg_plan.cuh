@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared memory, barriers and tuning of the 64-row kernel: what lies where, who fills it, who empties it.
+#pragma once
+
+#include "splitkv.cuh"
+
+// ---- tuning; every default is a guess until measured ----
+// Of the four steps of a tile's PV, those that the first and the second multiplier do at once. The others wait for the
+// next tile's scores, so that the tensor cores have work during its softmax.
+#ifndef FUSEDMLA_EARLY_A
+#define FUSEDMLA_EARLY_A 1
+#endif
+#ifndef FUSEDMLA_EARLY_B
+#define FUSEDMLA_EARLY_B 1
+#endif
+#ifndef FUSEDMLA_LAZY  // the reference maximum moves only if a score exceeds it by more (base 2); 0: whenever it can
+#define FUSEDMLA_LAZY 8
+#endif
+#ifndef FUSEDMLA_QUARTERS  // slots of the ring; four are a tile
+#define FUSEDMLA_QUARTERS 11
+#endif
+#ifndef FUSEDMLA_PREFETCH  // 1: copies that have to wait for a slot are brought into L2 meanwhile
+#define FUSEDMLA_PREFETCH 1
+#endif
+#ifndef FUSEDMLA_QUERY_QUARTERS  // of the query's four latent quarters, those in registers; the others in shared memory
+#define FUSEDMLA_QUERY_QUARTERS 3
+#endif
+#ifndef FUSEDMLA_SCORER_REGISTERS  // with the copier's and twice the multipliers' 512
+#define FUSEDMLA_SCORER_REGISTERS 160
+#endif
+#ifndef FUSEDMLA_COPIER_REGISTERS
+#define FUSEDMLA_COPIER_REGISTERS 32
+#endif
+
+constexpr int kRows = 64;                 // query rows of a CTA
+constexpr int kThreads = 4 * kWarpgroup;  // scores, O[:, :256], O[:, 256:], copies
+constexpr int kMultipliers = 2 * kWarpgroup;
+// Registers of a thread; 128 while the kernel starts. ptxas puts accumulators behind 24 others, so a multiplier needs
+// 152 and some.
+constexpr int kScorerRegisters = FUSEDMLA_SCORER_REGISTERS, kCopierRegisters = FUSEDMLA_COPIER_REGISTERS;
+constexpr int kMultiplierRegisters = 160;
+static_assert(kScorerRegisters + 2 * kMultiplierRegisters + kCopierRegisters <= 512);
+
+constexpr int kCluster = FUSEDMLA_CLUSTER;
+constexpr int kQuarterSlots = FUSEDMLA_QUARTERS, kMessageSlots = 2, kTaskSlots = 8;
+constexpr int kTasksAhead = 4;  // of the one that the first multiplier works on
+constexpr int kQueryQuarters = FUSEDMLA_QUERY_QUARTERS;
+constexpr int kAtomBytes = 8 * 128;             // 8 tokens (or rows) x 64 columns in the 128-byte swizzle
+constexpr int kBlockBytes = 8 * kAtomBytes;     // 64 tokens x 64 columns
+constexpr int kGroupBytes = 2 * kAtomBytes;     // 8 tokens x 128 columns
+constexpr int kQuarterBytes = 8 * kGroupBytes;  // 64 tokens x 128 of the 512 latent columns, group by group
+
+// What the first multiplier hands to all warps.
+enum class Step { kAttend, kMerge, kEnd };
+struct Task {
+    Item item;
+    Step step;
+};
+
+// Named barriers; 0 is __syncthreads.
+constexpr int kMultipliersBarrier = 1, kScorerBarrier = 2;
+
+constexpr int kRopeAt = kQuarterSlots * kQuarterBytes;
+constexpr int kQueryAt = kRopeAt + kBlockBytes;  // the quarters that are not in registers, then rope
+constexpr int kWeightsAt = kQueryAt + (2 * (4 - kQueryQuarters) + 1) * kBlockBytes;
+constexpr int kWeightBytes = kRows * kTile * 2;
+constexpr int kFactorsAt = kWeightsAt + kMessageSlots * kWeightBytes;
+constexpr int kFactorBytes = kRows * 4;
+constexpr int kTasksAt = kFactorsAt + kMessageSlots * kFactorBytes;
+constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 64;
+constexpr int kBarriersAt = kFeederAt + kFeederBytes;
+constexpr int kBarriers = 2 * (kQuarterSlots + 1 + kTaskSlots) + 3 * kMessageSlots;
+constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;
+static_assert(kSharedBytes <= 227 * 1024);
+static_assert(kFeederAt % 8 == 0 && kBarriersAt % 8 == 0);
+
+// The slot of a ring that is used next, and whether it has gone round an odd number of times: in one register.
+template <int SLOTS>
+class Ring {
+  public:
+    __device__ int at() const {
+        int state = state_;
+        asm volatile("" : "+r"(state));  // addresses are worked out where they are used, and not kept in registers
+        return state >= SLOTS ? state - SLOTS : state;
+    }
+    __device__ uint32_t phase() const { return state_ >= SLOTS; }
+    __device__ void advance(int count = 1) {
+        state_ += count;
+        if (state_ >= 2 * SLOTS) state_ -= 2 * SLOTS;
+    }
+    __device__ Ring after(int count) const {
+        Ring ring = *this;
+        ring.advance(count);
+        return ring;
+    }
+
+  private:
+    int state_ = 0;
+};
+
+// Barriers come in pairs: `full` is waited for by the reader of a slot, `empty` by its writer.
+// - quarter: 128 latent columns of a tile. The copying warp fills it. The scorer reads it first, and by sending the
+//   tile's weights hands it on to a multiplier (the first one has quarters 0 and 1), which alone says when it is empty.
+// - rope: the tile's last 64 columns, for the scorer only.
+// - message: what the scorer tells the multipliers: for a tile the weights P and the factors that rescale the rows of O,
+//   at the end of an item the factors that normalise them. `go` lets them do what they hold back of it; it comes with
+//   the next message at the latest. That of slot 1 is one round ahead, for it also comes before the first message.
+// - task: what the schedule has for this program, see twowg_tasks.cuh.
+extern __shared__ __align__(1024) uint8_t shared_memory[];
+
+struct Shared {
+    static __device__ uint32_t quarter(int slot) { return smem_address(shared_memory) + slot * kQuarterBytes; }
+    static __device__ uint32_t rope() { return smem_address(shared_memory) + kRopeAt; }
+    static __device__ uint32_t query() { return smem_address(shared_memory) + kQueryAt; }
+    // P as the A operand of its four steps, lane by lane: a scorer's registers are what a multiplier needs in its own.
+    static __device__ uint4& weights(int slot, int step) {
+        const int lane = step * kWarpgroup + threadIdx.x % kWarpgroup;
+        return reinterpret_cast<uint4*>(shared_memory + kWeightsAt + slot * kWeightBytes)[lane];
+    }
+    // Of this lane's two rows the first; the second's are 8 further.
+    static __device__ float* factors(int slot) {
+        const int row = threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
+        return reinterpret_cast<float*>(shared_memory + kFactorsAt + slot * kFactorBytes) + row;
+    }
+    static __device__ Task& task(int slot) { return reinterpret_cast<Task*>(shared_memory + kTasksAt)[slot]; }
+    static __device__ float* scratch() { return reinterpret_cast<float*>(shared_memory + kQueryAt); }
+
+    static __device__ uint32_t quarter_full(int slot) { return barrier(slot); }
+    static __device__ uint32_t quarter_empty(int slot) { return barrier(kQuarterSlots + slot); }
+    static __device__ uint32_t task_full(int slot) { return barrier(2 * kQuarterSlots + slot); }
+    static __device__ uint32_t task_empty(int slot) { return barrier(2 * kQuarterSlots + kTaskSlots + slot); }
+    static __device__ uint32_t message_full(int slot) { return barrier(kOthers + slot); }
+    static __device__ uint32_t message_empty(int slot) { return barrier(kOthers + kMessageSlots + slot); }
+    static __device__ uint32_t go(int slot) { return barrier(kOthers + 2 * kMessageSlots + slot); }
+    static __device__ uint32_t rope_full() { return barrier(kOthers + 3 * kMessageSlots); }
+    static __device__ uint32_t rope_empty() { return barrier(kOthers + 3 * kMessageSlots + 1); }
+
+    static __device__ void init_barriers() {
+        constexpr int kScorerWarps = 4, kMultiplierWarps = 8;
+        for (int i = 0; i < kQuarterSlots; ++i) {
+            mbarrier_init(quarter_full(i), 1);
+            mbarrier_init(quarter_empty(i), 4 * kCluster);  // every CTA's, for copies go to all
+        }
+        mbarrier_init(rope_full(), 1);
+        mbarrier_init(rope_empty(), kScorerWarps * kCluster);
+        for (int i = 0; i < kTaskSlots; ++i) {
+            mbarrier_init(task_full(i), 1);
+            mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + 1);
+        }
+        for (int i = 0; i < kMessageSlots; ++i) {
+            mbarrier_init(message_full(i), kScorerWarps);
+            mbarrier_init(message_empty(i), kMultiplierWarps);
+            mbarrier_init(go(i), kScorerWarps);
+        }
+        fence_mbarrier_init();
+    }
+
+  private:
+    static constexpr int kOthers = 2 * (kQuarterSlots + kTaskSlots);
+    static __device__ uint32_t barrier(int i) { return smem_address(shared_memory) + kBarriersAt + i * 8; }
+};
+
+// One arrival of this warp, which has converged.
+__device__ inline void warp_arrive(uint32_t barrier) {
+    if (threadIdx.x % kWarp == 0) mbarrier_arrive(barrier);
+}
+
+// The same in every CTA of the cluster: their copies fill this CTA's memory too. What it guards was only read, so it
+// need not be a release at the cluster's scope, for which ptxas would put a slow fence.
+__device__ inline void warp_arrive_cluster(uint32_t barrier) {
+    if constexpr (kCluster == 1) {
+        warp_arrive(barrier);
+    } else if (threadIdx.x % kWarp < kCluster) {
+        asm volatile(
+            "{\n"
+            ".reg .b32 remote;\n"
+            "mapa.shared::cluster.u32 remote, %0, %1;\n"
+            "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+            "}\n" ::"r"(barrier),
+            "r"(threadIdx.x % kWarp)
+            : "memory");
+    }
+}

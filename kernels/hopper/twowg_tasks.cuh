@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Who walks the schedule in the 64-row kernel: the first multiplier's first warp, a few items ahead, between two items.
+//
+// The others never have the registers for it. A multiplier has those of O between items, and time until the next item's
+// first weights. What it knows rests in shared memory meanwhile.
+#pragma once
+
+#include <new>
+
+#include "twowg_plan.cuh"
+
+class Feeder {
+  public:
+    __device__ explicit Feeder(const Params& p) : work_(p.schedule, p.seq_lens, blockIdx.y) {}
+
+    // Hands over the next task, the first time some more. All lanes of the warp work them out.
+    __device__ void feed() {
+#pragma unroll 1
+        for (; due_ > 0 && step_ != Step::kEnd; --due_) {
+            Item item;
+            while (step_ != Step::kEnd && !find(item)) {
+                step_ = step_ == Step::kAttend && any_split_ ? Step::kMerge : Step::kEnd;
+                work_.rewind();
+            }
+            mbarrier_wait(Shared::task_empty(tasks_.at()), tasks_.phase() ^ 1);
+            if (threadIdx.x % kWarp == 0) {
+                Shared::task(tasks_.at()) = {item, step_};
+                mbarrier_arrive(Shared::task_full(tasks_.at()));
+            }
+            tasks_.advance();
+        }
+        due_ = 1;
+    }
+
+    __device__ void save() const {
+        __syncwarp();
+        if (threadIdx.x % kWarp == 0) new (shared_memory + kFeederAt) Feeder(*this);
+        __syncwarp();
+    }
+    __device__ static Feeder load() { return *reinterpret_cast<const Feeder*>(shared_memory + kFeederAt); }
+
+  private:
+    // First all items of this program, then again those that are parts of requests.
+    __device__ bool find(Item& item) {
+        while (work_.next(item)) {
+            any_split_ |= item.slot >= 0;
+            if (step_ == Step::kAttend || item.slot >= 0) return true;
+        }
+        return false;
+    }
+
+    Work work_;
+    Ring<kTaskSlots> tasks_;
+    Step step_ = Step::kAttend;
+    bool any_split_ = false;
+    int due_ = 1 + kTasksAhead;
+};
+static_assert(sizeof(Feeder) <= kFeederBytes);

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which CUDA kernels there are: one cubin for each entry. Pure Python, so that the build needs neither torch nor Triton."""
+
+from dataclasses import dataclass
+
+SWAPAB_ROWS = (8, 16, 24, 32)
+"""Query rows that a block of the swap-AB kernel may hold: wgmma's N."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel to compile.
+
+    Attributes:
+        name: name of the cubin and of the kernel in it.
+        source: file in this folder.
+        defines: preprocessor definitions.
+        max_registers: most registers a thread may take at launch.
+    """
+
+    name: str
+    source: str
+    defines: dict[str, str]
+    max_registers: int = 168
+
+    @property
+    def entry(self) -> str:
+        """Name of the kernel in the cubin."""
+        return self.name
+
+
+_FORMATS = {  # name in layout.cache_format -> the swap-AB kernel's format and element type
+    "bf16": ("kSixteenBit", "bf16"),
+    "fp16": ("kSixteenBit", "fp16"),
+    "fp8": ("kFp8", "fp16"),
+    "fp8_ds_mla": ("kFp8DsMla", "fp16"),
+}
+
+
+def swapab_name(cache_format: str, rows: int) -> str:
+    return f"swapab_{cache_format}_n{rows}"
+
+
+def _swapab(cache_format: str, rows: int) -> Variant:
+    name = swapab_name(cache_format, rows)
+    form, element = _FORMATS[cache_format]
+    return Variant(
+        name,
+        "swapab.cu",
+        {
+            "FUSEDMLA_FORMAT": form,
+            "FUSEDMLA_TYPE": element,
+            "FUSEDMLA_ROWS": str(rows),
+            "FUSEDMLA_ENTRY": name,
+        },
+    )
+
+
+def swapab_rows(cache_format: str) -> tuple[int, ...]:
+    """Block sizes of a format; fp8_ds_mla's scores in four groups leave no registers for 32 rows."""
+    return SWAPAB_ROWS[:3] if cache_format == "fp8_ds_mla" else SWAPAB_ROWS
+
+
+def pair_name(native: bool) -> str:
+    return "pair_fp8_native" if native else "pair_fp8"
+
+
+def _pair(native: bool) -> Variant:
+    name = pair_name(native)
+    return Variant(name, "pair.cu", {"FUSEDMLA_NATIVE": str(int(native)), "FUSEDMLA_ENTRY": name})
+
+
+VARIANTS = {
+    v.name: v
+    for v in (
+        *(_swapab(form, rows) for form in _FORMATS for rows in swapab_rows(form)),
+        *(_pair(native) for native in (False, True)),
+    )
+}
