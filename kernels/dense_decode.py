@@ -6,11 +6,12 @@ import triton
 
 from . import layout
 from .combine import combine
-from .common import LOG2_E, dependent_launch, interpreted
+from .common import LOG2_E, dependent_launch, device_facts, interpreted
 from .dense_decode_kernel import decode_kernel
-from .plan import DecodePlan, decode_plan
+from .plan import DecodePlan, decode_plan, make_plan
 from .reference import split_query
 from .schedule import TileSchedule, build_schedule
+from .select import select_portable
 
 
 def mla_decode(
@@ -40,7 +41,7 @@ def mla_decode(
         causal: query row i sees the keys before ``seq_len - s_q + 1 + i``; without it, all keys.
         k_scale: scale of an `fp8` cache, a number or a float32 tensor of one element on the device.
         plan: from `plan.decode_plan`, chosen if not given.
-        schedule: from `schedule.build_schedule` with ``plan.params``, built if not given.
+        schedule: from `schedule.build_schedule` with ``plan.params``, built if not given; the Hopper kernels need none.
         workspace: float32 tensors of at least ``plan.workspace_shapes``, allocated if not given.
         out: ``[b, s_q, h_q, 512]`` in q's dtype, contiguous; lse: ``[b, s_q, h_q]`` float32, contiguous.
 
@@ -56,16 +57,26 @@ def mla_decode(
     if b == 0:
         return out, lse
     plan = decode_plan(s_q, h_q, name, device) if plan is None else plan
+    sm_scale = layout.D_QK**-0.5 if sm_scale is None else sm_scale
+    if plan.on_hopper and not hopper_takes(q_nope, q_rope, cache):
+        plan, schedule, workspace = portable_plan(plan, s_q * h_q, name, device), None, None
     config, params = plan.config, plan.params
-    schedule = build_schedule(seq_lens, params) if schedule is None else schedule
     if workspace is None:
         workspace = tuple(
             torch.empty(s, dtype=torch.float32, device=device) for s in plan.workspace_shapes(b, s_q, h_q)
         )
+    if plan.on_hopper:
+        from .hopper.decode import decode  # here, for it needs the driver's interface
+
+        decode(
+            q_nope, q_rope, cache, block_table, seq_lens, out, lse, workspace,
+            plan=plan, sm_scale=sm_scale, causal=causal, k_scale=k_scale,
+        )  # fmt: skip
+        return out, lse
+    schedule = build_schedule(seq_lens, params) if schedule is None else schedule
     partial_out, partial_lse = workspace
     eight_bit = name in ("fp8", "fp8_ds_mla")
     scale_is_tensor = isinstance(k_scale, torch.Tensor)
-    sm_scale = layout.D_QK**-0.5 if sm_scale is None else sm_scale
     decode_kernel[(triton.cdiv(s_q * h_q, config.block_h), params.num_programs)](
         q_nope,
         q_rope,
@@ -102,3 +113,19 @@ def mla_decode(
     if params.max_pieces() > 1:
         combine(partial_out, partial_lse, schedule, params, out, lse)
     return out, lse
+
+
+def hopper_takes(q_nope: torch.Tensor, q_rope: torch.Tensor, cache: torch.Tensor) -> bool:
+    """Whether addresses and strides suit the copy engine and 16-byte loads."""
+    page_bytes = cache.stride(0) * cache.element_size()
+    starts = [t.data_ptr() for t in (q_nope, q_rope, cache)]
+    strides = [stride for q in (q_nope, q_rope) for stride in q.stride()[:3]]
+    return all(n % 16 == 0 for n in (page_bytes, *starts)) and all(n % 8 == 0 for n in strides)
+
+
+def portable_plan(plan: DecodePlan, rows: int, cache_format: str, device: torch.device) -> DecodePlan:
+    """The portable kernel's plan for a call that the Hopper kernels do not take."""
+    arch, num_sms = device_facts(device)
+    params = plan.params
+    config = select_portable(arch, rows, cache_format)
+    return make_plan(config, rows, num_sms, params.batch_invariant, params.max_splits)

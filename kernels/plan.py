@@ -6,10 +6,11 @@ from functools import lru_cache
 
 import torch
 
+from . import hopper
 from .common import device_facts
 from .layout import D_V
 from .schedule import ScheduleParams
-from .select import DecodeConfig, select_decode
+from .select import HOPPER_KERNELS, DecodeConfig, select_decode
 
 
 @dataclass(frozen=True)
@@ -19,24 +20,38 @@ class DecodePlan:
     config: DecodeConfig
     params: ScheduleParams
 
+    @property
+    def on_hopper(self) -> bool:
+        """Whether a CUDA kernel of hopper/ decodes: it schedules itself and merges split requests by itself."""
+        return self.config.kernel in HOPPER_KERNELS
+
     def workspace_shapes(self, b: int, s_q: int, h_q: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the float32 partial outputs and log-sum-exps that splitting may need."""
-        slots = self.params.max_slots(b)
+        slots = hopper.max_slots(self.params, b) if self.on_hopper else self.params.max_slots(b)
         return (slots, s_q * h_q, D_V), (slots, s_q * h_q)
 
 
 def make_plan(config: DecodeConfig, rows: int, num_sms: int, batch_invariant: bool, max_splits: int = 32) -> DecodePlan:
     """Plan for a kernel configuration on a GPU of `num_sms` multiprocessors, `rows` = s_q * h_q."""
-    row_blocks = -(-rows // config.block_h)
+    row_blocks = hopper.row_blocks(config, rows) if config.kernel in HOPPER_KERNELS else -(-rows // config.block_h)
     programs = max(num_sms * config.programs_per_sm // row_blocks, 1)
+    if config.kernel in HOPPER_KERNELS:
+        programs = min(programs, hopper.MAX_PROGRAMS)
     params = ScheduleParams(programs, config.block_n, config.fixed_tiles, config.min_tiles, batch_invariant, max_splits)
     return DecodePlan(config, params)
 
 
 @lru_cache(maxsize=256)
 def decode_plan(
-    s_q: int, h_q: int, cache_format: str, device: torch.device, batch_invariant: bool = False
+    s_q: int,
+    h_q: int,
+    cache_format: str,
+    device: torch.device,
+    batch_invariant: bool = False,
+    fp8_mma: bool = False,
 ) -> DecodePlan:
     """Plan for a launch shape; the same for every batch size, so that captured graphs may share buffers."""
     arch, num_sms = device_facts(device)
-    return make_plan(select_decode(arch, s_q * h_q, cache_format), s_q * h_q, num_sms, batch_invariant)
+    on_gpu = device.type == "cuda"  # a CPU with Triton's interpreter has the portable kernel only
+    config = select_decode(arch, s_q * h_q, cache_format, on_gpu and hopper.available(), fp8_mma)
+    return make_plan(config, s_q * h_q, num_sms, batch_invariant)

@@ -14,7 +14,7 @@ class DecodeConfig:
     """A kernel and its launch shape.
 
     Attributes:
-        kernel: name of the kernel, "triton" for the portable one or "reference" for eager PyTorch.
+        kernel: "triton" for the portable kernel, a name of `HOPPER_KERNELS`, or "reference" for eager PyTorch.
         block_h: query rows (s_q x h_q) of a program.
         block_n: KV tokens of a tile.
         num_warps, num_stages: Triton's launch options.
@@ -52,23 +52,43 @@ _TABLE = (
     ((8, 0), (99, 9), _SIXTEEN_BIT, _ANY_ROWS, (16, 32, 4, 2, 1, 1, 2)),
     ((8, 0), (99, 9), _FP8 + _DS_MLA, _ANY_ROWS, (16, 32, 4, 2, 2, 1, 2)),
 )
-LARGEST_TILE = max(values[1] for *_, values in _TABLE)
+HOPPER_KERNELS = ("swapab", "pair", "pair_native", "twowg")
+"""Names of the CUDA kernels in hopper/."""
+_HOPPER_TABLE = (
+    # caches | most rows | kernel, query rows of a block
+    *((_SIXTEEN_BIT + _FP8, rows, ("swapab", rows)) for rows in (8, 16, 24, 32)),
+    *((_DS_MLA, rows, ("swapab", block)) for rows, block in ((8, 8), (16, 16), (24, 24), (32, 16), (_ANY_ROWS, 24))),
+    (_FP8, _ANY_ROWS, ("pair", 64)),
+    (_SIXTEEN_BIT, _ANY_ROWS, ("twowg", 64)),
+)
+_HOPPER_TILE, _HOPPER_WARPS = 64, 12
+LARGEST_TILE = max(_HOPPER_TILE, *(values[1] for *_, values in _TABLE))
 """Tokens of the largest KV tile: pages of a multiple of it hold whole tiles of every kernel."""
 
 
-def select_decode(arch: tuple[int, int] | None, rows: int, cache_format: str) -> DecodeConfig:
+def select_decode(
+    arch: tuple[int, int] | None, rows: int, cache_format: str, hopper: bool = False, fp8_mma: bool = False
+) -> DecodeConfig:
     """Choose the dense decode kernel.
 
     Args:
         arch: compute capability of the GPU, None for a CPU.
         rows: query rows that share a request's cache, ``s_q * h_q``.
         cache_format: name from `layout.cache_format`.
+        hopper: whether the compiled kernels of hopper/ are there, see `hopper.available`.
+        fp8_mma: whether query and weights may be rounded to e4m3 where that is faster: fp8 caches, more than 32 rows.
 
     Raises:
         ValueError: no kernel serves this call; the message says why.
     """
     if arch is None:
         return DecodeConfig("reference", rows, 64, 0, 0, 1, 1, 1, "no GPU: PyTorch reference")
+    if hopper and arch == (9, 0):
+        for caches, most_rows, (kernel, block_h) in _HOPPER_TABLE:
+            if cache_format in caches and rows <= most_rows:
+                kernel += "_native" if kernel == "pair" and fp8_mma else ""
+                reason = f"compute capability 9.0, {rows} query rows a request, {cache_format} cache"
+                return DecodeConfig(kernel, block_h, _HOPPER_TILE, _HOPPER_WARPS, 0, 1, 1, 1, reason)
     return select_portable(arch, rows, cache_format)
 
 

@@ -7,7 +7,9 @@ import torch
 
 from .. import layout
 from ..common import LOG2_E
-from . import launch
+from ..plan import DecodePlan
+from . import cluster as cluster_size
+from . import launch, row_blocks, variants
 
 _ROW_BYTES = {"bf16": 1152, "fp16": 1152, "fp8": 576, "fp8_ds_mla": 656}
 
@@ -18,9 +20,7 @@ def tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
     row, page, group = _ROW_BYTES[name], cache.stride(0) * cache.element_size(), 8
     start = cache.data_ptr()
     if name in ("bf16", "fp16"):
-        return (
-            launch.tensor_map(start, 2, (64, page_size, 9, pages), (row, 128, page), (64, group, 9, 1), 128),
-        )
+        return (launch.tensor_map(start, 2, (64, page_size, 9, pages), (row, 128, page), (64, group, 9, 1), 128),)
     latent = launch.tensor_map(start, 1, (128, page_size, 4, pages), (row, 128, page), (128, group, 4, 1), 128)
 
     def part(offset: int, width: int, swizzle: int) -> bytes:
@@ -31,22 +31,55 @@ def tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
     return latent, part(528, 128, 128), part(512, 16, 0)
 
 
+def twowg_tensor_maps(cache: torch.Tensor) -> tuple[bytes, ...]:
+    """Descriptors of a 16-bit paged cache as the twowg kernel copies it: quarters of a tile, two blocks or the rope one."""
+    pages, page_size = cache.shape[:2]
+    page = cache.stride(0) * cache.element_size()
+    groups = min(64, page_size & -page_size) // 8  # of 8 tokens, that a copy takes from a page
+    shape, strides = (64, 8, 9, page_size // 8, pages), (1152, 128, 8 * 1152, page)
+    return tuple(
+        launch.tensor_map(cache.data_ptr(), 2, shape, strides, (64, 8, blocks, groups, 1), 128) for blocks in (2, 1)
+    )
+
+
+def variant_of(plan: DecodePlan, cache_format: str, rows: int) -> str:
+    """Name of the compiled kernel that a plan asks for."""
+    kernel = plan.config.kernel
+    if kernel == "swapab":
+        return variants.swapab_name(cache_format, plan.config.block_h)
+    if kernel == "twowg":
+        return variants.twowg_name(cache_format, cluster_size(plan.config, rows))
+    return variants.pair_name(kernel == "pair_native")
+
+
 def decode(
-    q_nope, q_rope, cache, block_table, seq_lens, out, lse, workspace, *, variant, block_h, shared_bytes, params,
-    sm_scale, causal, k_scale, cluster=1, min_share=1,
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    workspace: tuple[torch.Tensor, ...],
+    *,
+    plan: DecodePlan,
+    sm_scale: float,
+    causal: bool,
+    k_scale: float | torch.Tensor,
 ) -> None:
-    """Launch; arguments as in `dense_decode.mla_decode`."""
+    """Launch; arguments as in `dense_decode.mla_decode`, none left out."""
     b, s_q, h_q, _ = q_nope.shape
+    params, config, rows = plan.params, plan.config, s_q * h_q
     name = layout.cache_format(cache)
+    blocks, cluster = row_blocks(config, rows), cluster_size(config, rows)
+    maps = twowg_tensor_maps(cache) if config.kernel == "twowg" else tensor_maps(cache, name)
     p = launch.Params()
-    for field, encoded in zip(("latent", "rope", "scales"), tensor_maps(cache, name), strict=False):
+    for field, encoded in zip(("latent", "rope", "scales"), maps, strict=False):
         ctypes.memmove(getattr(p, field), encoded, 128)
-    partial_out, partial_lse, arrivals = workspace
-    for field, tensor in (
-        ("q_nope", q_nope), ("q_rope", q_rope), ("block_table", block_table), ("seq_lens", seq_lens), ("out", out), ("lse", lse),
-        ("partial_out", partial_out), ("partial_lse", partial_lse), ("arrivals", arrivals),
-    ):  # fmt: skip
-        setattr(p, field, tensor.data_ptr())
+    p.q_nope, p.q_rope, p.out, p.lse = q_nope.data_ptr(), q_rope.data_ptr(), out.data_ptr(), lse.data_ptr()
+    p.block_table, p.seq_lens = block_table.data_ptr(), seq_lens.data_ptr()
+    p.partial_out, p.partial_lse = workspace[0].data_ptr(), workspace[1].data_ptr()
+    p.arrivals = launch.counters(b * blocks, q_nope.device).data_ptr()
     if isinstance(k_scale, torch.Tensor):
         p.k_scale = k_scale.data_ptr()
     else:
@@ -55,10 +88,10 @@ def decode(
     p.q_rope_stride = launch.Strides(*q_rope.stride()[:3])
     p.table_stride = block_table.stride(0)
     p.schedule = launch.Schedule(
-        b, params.num_programs, params.fixed_tiles, params.min_tiles, min_share, params.batch_invariant, params.max_splits
-    )
+        b, params.num_programs, params.fixed_tiles, params.min_tiles, params.min_tiles, params.batch_invariant,
+        params.max_splits,
+    )  # fmt: skip
     p.scale_log2 = sm_scale * LOG2_E
     p.s_q, p.h_q, p.causal, p.page_size = s_q, h_q, causal and s_q > 1, cache.shape[1]
     p.q_is_fp16 = q_nope.dtype == torch.float16
-    row_blocks = -(-s_q * h_q // block_h)
-    launch.launch(variant, p, (row_blocks, params.num_programs), shared_bytes, cluster)
+    launch.launch(variant_of(plan, name, rows), p, (blocks, params.num_programs), cluster)

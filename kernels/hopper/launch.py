@@ -2,18 +2,23 @@
 """Loading and launching the compiled kernels through the CUDA driver, without a compiler or torch's C++ interface."""
 
 import ctypes
-from functools import lru_cache
-from pathlib import Path
+from functools import cache, lru_cache
 
 import torch
 from cuda.bindings import driver
 
-_CUBINS = Path(__file__).parent / "cubin"
-_THREADS = 384
+from . import CUBINS
+from .variants import VARIANTS
+
+_SHARED_BYTES = 227 * 1024  # all that a block may have: one block a multiprocessor
+_COUNTERS = 1 << 16
 
 
 class Schedule(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("b", "programs", "fixed_tiles", "min_tiles", "min_share", "batch_invariant", "max_splits")]
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("b", "programs", "fixed_tiles", "min_tiles", "min_share", "batch_invariant", "max_splits")
+    ]
 
 
 class Strides(ctypes.Structure):
@@ -55,24 +60,39 @@ def check(result: tuple) -> object:
     return values[0] if values else None
 
 
-@lru_cache(maxsize=None)
-def _kernel(name: str, shared_bytes: int, device: int) -> object:
-    code = (_CUBINS / f"{name}.cubin").read_bytes()
+@cache
+def _kernel(name: str, device: int) -> object:
+    code = (CUBINS / f"{name}.cubin").read_bytes()
     library = check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
     kernel = check(driver.cuLibraryGetKernel(library, name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    check(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, driver.CUdevice(device)))
+    check(driver.cuKernelSetAttribute(attribute, _SHARED_BYTES, kernel, driver.CUdevice(device)))
     return driver.CUfunction(int(kernel))
 
 
-def launch(name: str, params: Params, grid: tuple[int, int], shared_bytes: int, cluster: int = 1) -> None:
+@cache
+def _counter_pool(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+
+
+def counters(count: int, device: torch.device) -> torch.Tensor:
+    """Zeros that a launch counts arrivals in and leaves at zero; launches of a stream, one after the other, share them.
+
+    Raises:
+        ValueError: more than 65536 blocks of query rows in a batch.
+    """
+    if count > _COUNTERS:
+        raise ValueError(f"a batch may have up to {_COUNTERS} blocks of query rows, got {count}")
+    return _counter_pool(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def launch(name: str, params: Params, grid: tuple[int, int], cluster: int = 1) -> None:
     """Launch a kernel on torch's current stream; it may start while the kernel before it ends (and waits for it)."""
-    device = torch.cuda.current_device()
-    function = _kernel(name, shared_bytes, device)
+    function = _kernel(name, torch.cuda.current_device())
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS, 1, 1
-    config.sharedMemBytes = shared_bytes
+    config.blockDimX, config.blockDimY, config.blockDimZ = VARIANTS[name].threads, 1, 1
+    config.sharedMemBytes = _SHARED_BYTES
     config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
     overlap = driver.CUlaunchAttribute()
     overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -97,7 +117,12 @@ _SWIZZLE = {
 
 @lru_cache(maxsize=4096)
 def tensor_map(
-    address: int, element_bytes: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: int
+    address: int,
+    element_bytes: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle: int,
 ) -> bytes:
     """An encoded TMA descriptor.
 

@@ -8,9 +8,9 @@
 //   multiplier A             |              | O[:, :256] += P V, begun | the rest of it
 //   multiplier B             |              | O[:, 256:] += P V, begun | the rest of it
 //
-// The multipliers hold back steps until the next S is there, so that the tensor cores have work during its softmax. As the
-// scorer has no part of O, there is room for most of the query in its registers, and with that out of shared memory almost
-// three tiles fit there. It runs ahead into the next item while the multipliers write their results.
+// The multipliers hold back steps until the next S is there, so that the tensor cores have work during its softmax. As
+// the scorer has no part of O, there is room for most of the query in its registers, and with that out of shared memory
+// almost three tiles fit there. It runs ahead into the next item while the multipliers write their results.
 //
 // With more than 64 rows two CTAs form a cluster: both work on the same tiles for different rows, each copies half of a
 // tile and multicasts it to both, which halves the traffic out of L2.

@@ -102,7 +102,7 @@ class Ring {
 // - quarter: 128 latent columns of a tile. The copying warp fills it. The scorer reads it first, and by sending the
 //   tile's weights hands it on to a multiplier (the first one has quarters 0 and 1), which alone says when it is empty.
 // - rope: the tile's last 64 columns, for the scorer only.
-// - message: what the scorer tells the multipliers: for a tile the weights P and the factors that rescale the rows of O,
+// - message: what the scorer tells the multipliers: for a tile the weights P and the factors that rescale O's rows, and
 //   at the end of an item the factors that normalise them. `go` lets them do what they hold back of it; it comes with
 //   the next message at the latest. That of slot 1 is one round ahead, for it also comes before the first message.
 // - task: what the schedule has for this program, see twowg_tasks.cuh.

@@ -2,7 +2,7 @@
 // The scoring warpgroup of the 64-row kernel: S = Q K^T, the online softmax, and P for the multiplying warpgroups.
 //
 // Most of the query (96 registers a thread) stays in registers for a whole item: at 64 x 64 x 16 wgmma would otherwise
-// read as many bytes of Q as of K from shared memory, all that its bandwidth allows, and 48 KiB would be lost to the ring.
+// read as many bytes of Q as of K from shared memory, all that it can deliver, and 48 KiB would be lost to the ring.
 // A lane 4g + j of warp w holds rows 16w + g and 16w + g + 8 of everything.
 #pragma once
 
@@ -93,12 +93,12 @@ class Scorer {
     __device__ void score(float (&s)[32]) {
         using Mma = Wgmma<Element, kTile>;
         constexpr uint32_t kBlock = kBlockBytes >> 4, kAtom = kAtomBytes >> 4;
-        uint32_t query = Shared::query() >> 4;  // of the part in shared memory the next block
+        uint32_t query = units_of(Shared::query());  // of the part in shared memory the next block
         keep_in_order(s);
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
             mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());
-            const uint32_t keys = Shared::quarter(quarters_.at()) >> 4;
+            const uint32_t keys = units_of(Shared::quarter(quarters_.at()));
             quarters_.advance();
             wgmma_fence();
 #pragma unroll
@@ -117,7 +117,7 @@ class Scorer {
 #pragma unroll
         for (int step = 0; step < 4; ++step)
             Mma::template shared<false>(s, descriptor<kAtomBytes>(query + step * 2),
-                                        descriptor<kAtomBytes>((Shared::rope() >> 4) + step * 2), true);
+                                        descriptor<kAtomBytes>(units_of(Shared::rope()) + step * 2), true);
         wgmma_commit();
         wgmma_wait<0>();
         keep_in_order(s);

@@ -37,7 +37,11 @@ class Feeder {
         if (threadIdx.x % kWarp == 0) new (shared_memory + kFeederAt) Feeder(*this);
         __syncwarp();
     }
-    __device__ static Feeder load() { return *reinterpret_cast<const Feeder*>(shared_memory + kFeederAt); }
+    __device__ static Feeder load() {
+        Feeder feeder = *reinterpret_cast<const Feeder*>(shared_memory + kFeederAt);
+        feeder.work_.refresh();
+        return feeder;
+    }
 
   private:
     // First all items of this program, then again those that are parts of requests.

@@ -28,8 +28,11 @@ constexpr bool kIsFp16<fp16> = true;
 FUSEDMLA_WGMMA_128(bf16, "bf16")
 FUSEDMLA_WGMMA_128(fp16, "f16")
 
+// An address as descriptors count. Above these bits the address of a cluster's other CTAs has their rank.
+__device__ inline uint32_t units_of(uint32_t address) { return address >> 4 & 0x3FFF; }
+
 // Descriptor of an operand in the 128-byte swizzle whose groups of eight rows are STRIDE bytes apart and, if it is
-// N-major, whose blocks of 64 columns are LEADING bytes apart. `units`: address >> 4, plus what the caller skips; in 32
+// N-major, whose blocks of 64 columns are LEADING bytes apart. `units`: of the address, plus what the caller skips; in 32
 // bits, as 64-bit sums would take twice the registers.
 template <uint32_t STRIDE, uint32_t LEADING = 16>
 __device__ inline uint64_t descriptor(uint32_t units) {
@@ -39,8 +42,8 @@ __device__ inline uint64_t descriptor(uint32_t units) {
 
 // Among the four lanes of a quad, word i of lane j and word j of lane i change places.
 //
-// This is what lies between a fragment of wgmma, in which a quad's lanes alternate every two 16-bit elements, and memory
-// accesses of 16 bytes a lane.
+// This is what lies between a fragment of wgmma, in which a quad's lanes alternate every two 16-bit elements, and
+// memory accesses of 16 bytes a lane.
 __device__ inline void transpose_quad(uint32_t& w0, uint32_t& w1, uint32_t& w2, uint32_t& w3) {
     const auto exchange = [](uint32_t& a, uint32_t& b, int distance) {
         const bool upper = threadIdx.x & distance;

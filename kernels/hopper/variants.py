@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which CUDA kernels there are: one cubin for each entry. Pure Python, so that the build needs neither torch nor Triton."""
+"""Which CUDA kernels there are, one cubin for each entry. Pure Python: the build needs neither torch nor Triton."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,14 @@ class Variant:
         source: file in this folder.
         defines: preprocessor definitions.
         max_registers: most registers a thread may take at launch.
+        threads: of a block.
     """
 
     name: str
     source: str
     defines: dict[str, str]
     max_registers: int = 168
+    threads: int = 384
 
     @property
     def entry(self) -> str:
@@ -70,10 +72,21 @@ def _pair(native: bool) -> Variant:
     return Variant(name, "pair.cu", {"FUSEDMLA_NATIVE": str(int(native)), "FUSEDMLA_ENTRY": name})
 
 
+def twowg_name(cache_format: str, cluster: int) -> str:
+    return f"twowg_{cache_format}_c{cluster}"
+
+
+def _twowg(cache_format: str, cluster: int) -> Variant:
+    name = twowg_name(cache_format, cluster)
+    defines = {"FUSEDMLA_TYPE": cache_format, "FUSEDMLA_CLUSTER": str(cluster), "FUSEDMLA_ENTRY": name}
+    return Variant(name, "twowg.cu", defines, max_registers=128, threads=512)
+
+
 VARIANTS = {
     v.name: v
     for v in (
         *(_swapab(form, rows) for form in _FORMATS for rows in swapab_rows(form)),
         *(_pair(native) for native in (False, True)),
+        *(_twowg(form, cluster) for form in ("bf16", "fp16") for cluster in (1, 2)),
     )
 }

@@ -43,6 +43,14 @@ class Work {
         share_ = max((total + schedule_.programs - 1) / schedule_.programs, schedule_.min_share);
     }
 
+    // For a copy of another lane's: what each lane knows for itself.
+    __device__ void refresh() {
+        const int taken = taken_, pieces_taken = pieces_taken_;
+        look_at(base_);
+        taken_ = taken;
+        pieces_taken_ = pieces_taken;
+    }
+
     // Tiles of the batch, with the fixed costs.
     __device__ int total() const { return share_ * schedule_.programs; }
 
