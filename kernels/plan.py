@@ -10,7 +10,7 @@ from . import hopper
 from .common import device_facts
 from .layout import D_V
 from .schedule import ScheduleParams
-from .select import HOPPER_KERNELS, DecodeConfig, select_decode
+from .select import HOPPER_KERNELS, DecodeConfig, select_decode, select_portable
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,23 @@ def decode_plan(
     device: torch.device,
     batch_invariant: bool = False,
     fp8_mma: bool = False,
+    portable: bool = False,
 ) -> DecodePlan:
-    """Plan for a launch shape; the same for every batch size, so that captured graphs may share buffers."""
+    """Plan for a launch shape; the same for every batch size, so that captured graphs may share buffers.
+
+    Makes a Hopper kernel ready for launches, or plans for the portable one where that fails.
+
+    Args:
+        s_q, h_q, cache_format: of the launches to come.
+        device: theirs; a CPU with Triton's interpreter has the portable kernel only.
+        batch_invariant: see `schedule.ScheduleParams`.
+        fp8_mma: see `select.select_decode`.
+        portable: take the portable kernel, whether or not another is preferred.
+    """
     arch, num_sms = device_facts(device)
-    on_gpu = device.type == "cuda"  # a CPU with Triton's interpreter has the portable kernel only
-    config = select_decode(arch, s_q * h_q, cache_format, on_gpu and hopper.available(), fp8_mma)
-    return make_plan(config, s_q * h_q, num_sms, batch_invariant)
+    rows = s_q * h_q
+    compiled = device.type == "cuda" and not portable and hopper.available()
+    config = select_decode(arch, rows, cache_format, compiled, fp8_mma)
+    if config.kernel in HOPPER_KERNELS and not hopper.loads(config, cache_format, rows, device):
+        config = select_portable(arch, rows, cache_format)
+    return make_plan(config, rows, num_sms, batch_invariant)

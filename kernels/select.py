@@ -76,7 +76,8 @@ def select_decode(
         rows: query rows that share a request's cache, ``s_q * h_q``.
         cache_format: name from `layout.cache_format`.
         hopper: whether the compiled kernels of hopper/ are there, see `hopper.available`.
-        fp8_mma: whether query and weights may be rounded to e4m3 where that is faster: fp8 caches, more than 32 rows.
+        fp8_mma: whether query and weights may be rounded to e4m3 where that is faster: on Hopper, with `fp8` caches
+            and more than 32 rows.
 
     Raises:
         ValueError: no kernel serves this call; the message says why.

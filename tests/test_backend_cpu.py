@@ -27,7 +27,8 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec  # noqa: E402
 from vllm.v1.worker import workspace  # noqa: E402
 
 from vllm_fusedmla import backend, compat, envs, limits, metadata, plugin  # noqa: E402
-from vllm_fusedmla.kernels import layout  # noqa: E402
+from vllm_fusedmla.kernels import hopper, layout, select  # noqa: E402
+from vllm_fusedmla.kernels.plan import make_plan  # noqa: E402
 from vllm_fusedmla.kernels.select import MAX_S_Q  # noqa: E402
 
 if not current_platform.is_cpu():
@@ -253,6 +254,31 @@ def test_schedule_buffers_stay_in_place(vllm_config: Any, as_on_a_gpu: Any) -> N
     assert torch.equal(meta.decode.schedule.items[:3], rebuilt[:3])
 
 
+def test_kernels_that_schedule_themselves_get_no_schedule(
+    vllm_config: Any, as_on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = select.select_decode((9, 0), HEADS, "bf16", hopper=True)
+    monkeypatch.setattr(
+        limits.DecodeLimits, "plan", lambda self, s_q, device: make_plan(config, HEADS * s_q, 132, False)
+    )
+    monkeypatch.setattr(limits.DecodeLimits, "warm_up", lambda *call: None)
+    monkeypatch.setattr(metadata, "build_schedule", lambda *call: pytest.fail("a launch for nothing"))
+    builder = make_builder(vllm_config)
+    meta = builder.build(0, step([1] * 4, [40, 1, 7, 30]))
+    assert meta.decode.plan.on_hopper and meta.decode.schedule is None
+    builder.update_draft_decode_metadata(meta)
+
+
+def test_environment_reaches_the_plan(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(limits, "decode_plan", lambda *call: asked.append(call[-2:]))
+    for kernel, fp8_mma in (("auto", "0"), ("portable", "0"), ("auto", "1")):
+        monkeypatch.setenv("VLLM_FUSEDMLA_KERNEL", kernel)
+        monkeypatch.setenv("VLLM_FUSEDMLA_FP8_MMA", fp8_mma)
+        limits.DecodeLimits.of(vllm_config, HEADS, "fp8", MAX_S_Q).plan(1, torch.device("cpu"))
+    assert asked == [(False, False), (False, True), (True, False)]  # fp8_mma, portable
+
+
 @pytest.mark.parametrize("reserve", ["impl", "builder"])
 def test_scratch_memory_is_reserved_for_the_largest_step(vllm_config: Any, as_on_a_gpu: Any, reserve: str) -> None:
     """By the layer before memory profiling, and again by the builder, whose threshold vLLM may have raised."""
@@ -271,13 +297,20 @@ def test_scratch_memory_is_reserved_for_the_largest_step(vllm_config: Any, as_on
 def test_gpu_layer_names_kernel_and_reason(vllm_config: Any, as_on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(backend.logger, "info_once", lambda message, *values: lines.append(message % values))
-    make_impl("fp8")
-    assert lines == [
-        "FUSEDMLA: dense MLA decode by the kernel 'triton' (compute capability 9.0, 4 query rows a request, fp8 cache)."
-    ]
-    monkeypatch.setenv("VLLM_FUSEDMLA_KERNEL", "reference")
-    make_impl()
-    assert lines[1] == "FUSEDMLA: dense MLA decode by the kernel 'reference' (VLLM_FUSEDMLA_KERNEL=reference)."
+    for missing in (None, "not compiled: a, b"):
+        monkeypatch.setattr(hopper, "unavailable", lambda missing=missing: missing)
+        make_impl("fp8")
+    for choice in ("portable", "reference"):
+        monkeypatch.setenv("VLLM_FUSEDMLA_KERNEL", choice)
+        make_impl()
+    reason = "compute capability 9.0, 4 query rows a request, fp8 cache"
+    expected = (
+        ("swapab", reason),
+        ("triton", f"{reason}; not compiled: a, b"),
+        ("triton", "VLLM_FUSEDMLA_KERNEL=portable"),
+        ("reference", "VLLM_FUSEDMLA_KERNEL=reference"),
+    )
+    assert lines == [f"FUSEDMLA: dense MLA decode by the kernel '{name}' ({why})." for name, why in expected]
 
 
 def test_gpu_cache_update_is_vllms(vllm_config: Any, as_on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     doctor.probe_environment(report)
     assert report.facts["environment"] == {"VLLM_FUSEDMLA_KERNEL": "fastest", "VLLM_FUSEDMLA_KERNLE": "auto"}
     assert "VLLM_FUSEDMLA_KERNLE is not a variable of this package" in problems(report)
-    assert "VLLM_FUSEDMLA_KERNEL must be one of auto, reference, got 'fastest'" in problems(report)
+    assert "VLLM_FUSEDMLA_KERNEL must be one of auto, portable, reference, got 'fastest'" in problems(report)
 
 
 def test_driver_without_cuda_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -121,16 +121,49 @@ def test_driver_without_cuda_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "the driver lists a GPU" in problems(report)
 
 
-@pytest.mark.parametrize(("capability", "healthy"), [((9, 0), True), ((12, 0), True), ((7, 5), False)])
-def test_kernels_of_other_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], healthy: bool) -> None:
+def probe_kernels_of(
+    capability: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    unavailable: str | None = None,
+    loads: bool = True,
+    **variables: Any,
+) -> doctor.Report:
     torch = pytest.importorskip("torch")
+    from vllm_fusedmla.kernels import hopper
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.delenv("VLLM_FUSEDMLA_KERNEL", raising=False)
+    monkeypatch.setattr(hopper, "unavailable", lambda: unavailable)
+    monkeypatch.setattr(hopper, "loads", lambda *call: loads)
+    for name in ("KERNEL", "FP8_MMA"):
+        monkeypatch.delenv(f"VLLM_FUSEDMLA_{name}", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"VLLM_FUSEDMLA_{name}", value)
     report = doctor.Report()
     doctor.probe_kernels(report)
+    return report
+
+
+@pytest.mark.parametrize(("capability", "healthy"), [((9, 0), True), ((12, 0), True), ((7, 5), False)])
+def test_kernels_of_other_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], healthy: bool) -> None:
+    report = probe_kernels_of(capability, monkeypatch, unavailable="kernels for Hopper were not compiled: a, b")
     served = [kernel for kernel in report.facts["dense decode"].values() if kernel != "none"]
     assert len(served) == (len(doctor.SHAPES) if healthy else 0)
     assert ("compute capability 7.5" in problems(report)) is not healthy
     if healthy:
         assert all(kernel.startswith("triton, ") for kernel in served)
+    missing = "kernels for Hopper were not compiled: a, b; the portable kernel is used"
+    assert (missing in problems(report)) is (capability == (9, 0)), "nothing is missing on another GPU"
+
+
+def test_kernels_of_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(**variables: Any) -> list[str]:
+        report = probe_kernels_of((9, 0), monkeypatch, **variables)
+        assert report.problems == [] and report.facts["Hopper kernels"] == {"compiled for sm_90a": "present"}
+        return [kernel.split(",")[0] for kernel in report.facts["dense decode"].values()]
+
+    assert named() == ["swapab", "twowg", "twowg", "swapab", "pair"]
+    assert named(FP8_MMA="1") == ["swapab", "twowg", "twowg", "swapab", "pair_native"]
+    assert named(KERNEL="portable") == ["triton"] * 5
+    refused = probe_kernels_of((9, 0), monkeypatch, loads=False)
+    assert all(kernel.startswith("triton, ") for kernel in refused.facts["dense decode"].values())

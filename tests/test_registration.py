@@ -269,8 +269,11 @@ class TestEnvironment:
         for name in envs.VARIABLES:
             monkeypatch.delenv(name, raising=False)
         assert (envs.VLLM_FUSEDMLA_KERNEL, envs.VLLM_FUSEDMLA_DECODE_THRESHOLD) == ("auto", MAX_S_Q)
+        assert envs.VLLM_FUSEDMLA_FP8_MMA is False
         monkeypatch.setenv("VLLM_FUSEDMLA_KERNEL", "Reference")
         monkeypatch.setenv("VLLM_FUSEDMLA_DECODE_THRESHOLD", "2")
+        monkeypatch.setenv("VLLM_FUSEDMLA_FP8_MMA", "1")
+        assert envs.VLLM_FUSEDMLA_FP8_MMA is True
         assert (envs.VLLM_FUSEDMLA_KERNEL, envs.VLLM_FUSEDMLA_DECODE_THRESHOLD) == ("reference", 2)
         assert set(envs.VARIABLES) <= set(dir(envs))
         with pytest.raises(AttributeError, match="VLLM_FUSEDMLA_NOTHING"):
@@ -279,9 +282,10 @@ class TestEnvironment:
     @pytest.mark.parametrize(
         ("name", "value", "words"),
         [
-            ("VLLM_FUSEDMLA_KERNEL", "fast", "must be one of auto, reference, got 'fast'"),
+            ("VLLM_FUSEDMLA_KERNEL", "fast", "must be one of auto, portable, reference, got 'fast'"),
             ("VLLM_FUSEDMLA_DECODE_THRESHOLD", "0", "must be an integer from 1 to 8, got '0'"),
             ("VLLM_FUSEDMLA_DECODE_THRESHOLD", "many", "must be an integer from 1 to 8, got 'many'"),
+            ("VLLM_FUSEDMLA_FP8_MMA", "yes", "must be one of 0, 1, got 'yes'"),
         ],
     )
     def test_bad_values(self, name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 """vLLM's dense MLA backend FUSEDMLA: what it supports, and the decode of a layer.
 
 vLLM's common MLA code does the projections, the prefill (with the platform's prefill backend), the cache write and the
-combination across decode-context-parallel ranks. This package adds the decode: once a step the metadata builder
-(`metadata.py`) turns the sequence lengths into a tile schedule on the device, and every layer of the step runs
-`mla_decode` with it. On the CPU platform there is no schedule, and the PyTorch reference decodes.
+combination across decode-context-parallel ranks. This package adds the decode: every layer of a step runs
+`mla_decode`. The Hopper kernels divide the work themselves; for the portable kernel the metadata builder
+(`metadata.py`) turns the sequence lengths into a tile schedule on the device, once a step. On the CPU platform the
+PyTorch reference decodes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend,
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 
-from . import compat
-from .kernels import layout, reference
+from . import compat, envs
+from .kernels import hopper, layout, reference
 from .kernels.plan import DecodePlan
 from .kernels.select import LARGEST_TILE, MAX_H_Q, MAX_S_Q, select_decode
 from .limits import DecodeLimits, cache_format_name, decode_threshold
@@ -32,6 +33,11 @@ _KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_ds_ml
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _hopper_kernels() -> bool:
+    """Whether a Hopper GPU would decode with the kernels compiled for it."""
+    return envs.VLLM_FUSEDMLA_KERNEL == "auto" and hopper.available()
 
 
 class FusedMLABackend(MLACommonBackend):
@@ -114,7 +120,7 @@ class FusedMLABackend(MLACommonBackend):
             return "float32 models are served on CPUs only, use --dtype bfloat16"
         try:
             arch = (device_capability.major, device_capability.minor)
-            select_decode(arch, 1, cache_format_name(kv_cache_dtype or "auto", dtype))
+            select_decode(arch, 1, cache_format_name(kv_cache_dtype or "auto", dtype), _hopper_kernels())
         except (KeyError, ValueError) as error:  # KeyError: a dtype without a cache format, refused by name elsewhere
             return str(error) if isinstance(error, ValueError) else None
         return None
@@ -194,10 +200,13 @@ class FusedMLAImpl(MLACommonImpl[FusedMLAMetadata]):
         """One line a process: which kernel decodes one token a request, and why."""
         cache_format = cache_format_name(self.kv_cache_dtype, self._vllm_config.model_config.dtype)
         capability = None if uses_reference() else current_platform.get_device_capability()
-        config = select_decode(capability and (capability.major, capability.minor), heads, cache_format)
+        arch = capability and (capability.major, capability.minor)
+        config = select_decode(arch, heads, cache_format, _hopper_kernels(), envs.VLLM_FUSEDMLA_FP8_MMA)
         reason = config.reason
-        if uses_reference() and not current_platform.is_cpu():
-            reason = "VLLM_FUSEDMLA_KERNEL=reference"
+        if envs.VLLM_FUSEDMLA_KERNEL != "auto" and not current_platform.is_cpu():
+            reason = f"VLLM_FUSEDMLA_KERNEL={envs.VLLM_FUSEDMLA_KERNEL}"
+        elif arch == (9, 0) and not hopper.available():
+            reason += f"; {hopper.unavailable()}"
         logger.info_once("FUSEDMLA: dense MLA decode by the kernel '%s' (%s).", config.kernel, reason)
 
     @staticmethod

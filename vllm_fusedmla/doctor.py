@@ -150,22 +150,42 @@ def probe_kernels(report: Report) -> None:
         return
     import torch
 
-    from .kernels.select import select_decode
+    from .kernels import hopper
+    from .kernels.select import HOPPER_KERNELS, select_decode, select_portable
 
     arch = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    if os.environ.get("VLLM_FUSEDMLA_KERNEL", "").strip().lower() == "reference":
+    report.add("Hopper kernels", "compiled for sm_90a", hopper.unavailable() or "present")
+    choice = os.environ.get("VLLM_FUSEDMLA_KERNEL", "auto").strip().lower()
+    if choice == "reference":
         report.add("dense decode", "VLLM_FUSEDMLA_KERNEL", "reference: the PyTorch reference serves every shape")
         return
+    compiled = choice != "portable" and hopper.available()
+    fp8_mma = os.environ.get("VLLM_FUSEDMLA_FP8_MMA", "0").strip() == "1"
     for heads, s_q, cache_format in SHAPES:
         name = f"{heads} heads, s_q {s_q}, {cache_format}"
         try:
-            config = select_decode(arch, heads * s_q, cache_format)
+            config = select_decode(arch, heads * s_q, cache_format, compiled, fp8_mma)
+            if (
+                arch
+                and config.kernel in HOPPER_KERNELS
+                and not hopper.loads(config, cache_format, heads * s_q, _first_gpu())
+            ):
+                config = select_portable(arch, heads * s_q, cache_format)
         except ValueError as error:
             report.add("dense decode", name, "none")
             report.problem(str(error), "use another --attention-backend on this GPU")
         else:
             tile = f", {config.block_h} rows x {config.block_n} tokens a tile" if config.kernel != "reference" else ""
             report.add("dense decode", name, f"{config.kernel}{tile} ({config.reason})")
+    if arch == (9, 0) and (reason := hopper.unavailable()):
+        advice = "see The CUDA kernels for Hopper in README.md; update the driver if it cannot load them"
+        report.problem(f"{reason}; the portable kernel is used", advice)
+
+
+def _first_gpu() -> Any:
+    import torch
+
+    return torch.device("cuda", 0)
 
 
 def probe_entry_points(report: Report) -> None:

@@ -17,6 +17,7 @@ from .kernels.select import MAX_S_Q
 if TYPE_CHECKING:
     VLLM_FUSEDMLA_KERNEL: str
     VLLM_FUSEDMLA_DECODE_THRESHOLD: int
+    VLLM_FUSEDMLA_FP8_MMA: bool
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> Callable[[], str]:
@@ -39,13 +40,22 @@ def _integer(name: str, default: int, low: int, high: int) -> Callable[[], int]:
     return read
 
 
+def _flag(name: str, default: bool) -> Callable[[], bool]:
+    read = _choice(name, str(int(default)), ("0", "1"))
+    return lambda: read() == "1"
+
+
 VARIABLES: dict[str, Callable[[], Any]] = {
-    # Which implementation decodes: `auto` takes the GPU kernels on a GPU and the PyTorch reference on a CPU,
-    # `reference` takes the PyTorch reference everywhere. On a GPU that is slow and rules CUDA graphs out: it is there
-    # to tell a kernel's fault from a fault elsewhere.
-    "VLLM_FUSEDMLA_KERNEL": _choice("VLLM_FUSEDMLA_KERNEL", "auto", ("auto", "reference")),
+    # Which implementation decodes: `auto` takes the best kernel for the GPU, and the PyTorch reference on a CPU;
+    # `portable` takes the Triton kernel on Hopper too; `reference` takes the PyTorch reference everywhere, which on a
+    # GPU is slow and rules CUDA graphs out. The last two are there to tell a kernel's fault from a fault elsewhere.
+    "VLLM_FUSEDMLA_KERNEL": _choice("VLLM_FUSEDMLA_KERNEL", "auto", ("auto", "portable", "reference")),
     # Requests with up to this many new tokens go to the decode kernel, longer ones to vLLM's prefill.
     "VLLM_FUSEDMLA_DECODE_THRESHOLD": _integer("VLLM_FUSEDMLA_DECODE_THRESHOLD", MAX_S_Q, 1, MAX_S_Q),
+    # Whether fp8 tensor cores may multiply: on Hopper, for caches of --kv-cache-dtype fp8 and more than 32 query rows
+    # (heads x new tokens) a request. Query and softmax weights are then rounded to e4m3, each by up to 2^-4 of itself,
+    # and output and log-sum-exp are that much less exact.
+    "VLLM_FUSEDMLA_FP8_MMA": _flag("VLLM_FUSEDMLA_FP8_MMA", False),
 }
 
 

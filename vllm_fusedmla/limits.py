@@ -37,6 +37,8 @@ class DecodeLimits:
         dtype: of the model, and so of the query.
         cache_format: a name of `layout`.
         batch_invariant: whether a request's splits may depend on its own length only.
+        fp8_mma: VLLM_FUSEDMLA_FP8_MMA.
+        portable: whether VLLM_FUSEDMLA_KERNEL asks for the portable kernel.
     """
 
     requests: int
@@ -46,6 +48,8 @@ class DecodeLimits:
     dtype: torch.dtype
     cache_format: str
     batch_invariant: bool
+    fp8_mma: bool = False
+    portable: bool = False
 
     @classmethod
     def of(cls, vllm_config: Any, heads: int, kv_cache_dtype: str, decode_threshold: int) -> DecodeLimits:
@@ -59,11 +63,15 @@ class DecodeLimits:
             dtype=vllm_config.model_config.dtype,
             cache_format=cache_format_name(kv_cache_dtype, vllm_config.model_config.dtype),
             batch_invariant=compat.batch_invariant(),
+            fp8_mma=envs.VLLM_FUSEDMLA_FP8_MMA,
+            portable=envs.VLLM_FUSEDMLA_KERNEL == "portable",
         )
 
     def plan(self, s_q: int, device: torch.device) -> DecodePlan:
         """The launch plan for `s_q` tokens a request; an equal one at every call."""
-        plan = decode_plan(s_q, self.heads, self.cache_format, device, self.batch_invariant)
+        plan = decode_plan(
+            s_q, self.heads, self.cache_format, device, self.batch_invariant, self.fp8_mma, self.portable
+        )
         if not self.batch_invariant:
             return plan
         # Splits may depend on the engine's limits, never on the batch; this many always fit the scratch memory.
@@ -79,7 +87,7 @@ class DecodeLimits:
         compat.shared_workspace([(shape, torch.float32) for shape in largest])
 
     def warm_up(self, page_size: int, device: torch.device) -> None:
-        """Compile the kernels for every number of tokens a request, on requests without keys.
+        """Compile or load the kernels for every number of tokens a request, on requests without keys.
 
         vLLM's own warm-up decodes one token a request, or as many as speculation verifies; a short prompt of another
         length would otherwise wait for a compiler while the server runs.

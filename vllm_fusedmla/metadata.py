@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step's metadata: vLLM's split into decodes and prefills, and the tile schedule of the decodes."""
+"""A step's metadata: vLLM's split into decodes and prefills, the decodes' launch plan and, if needed, tile schedule."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def uses_reference() -> bool:
 
 @dataclasses.dataclass
 class FusedMLADecodeMetadata(MLACommonDecodeMetadata):
-    """A step's decode: vLLM's fields, the launch plan and the schedule. None, None: the PyTorch reference decodes."""
+    """A step's decode: vLLM's fields, the launch plan and the schedule.
+
+    Without a plan the PyTorch reference decodes; a plan without a schedule is of a kernel that schedules itself.
+    """
 
     plan: DecodePlan | None = None
     schedule: TileSchedule | None = None
@@ -59,8 +62,9 @@ class FusedMLAMetadata(MLACommonMetadata[FusedMLADecodeMetadata]):
 class FusedMLAMetadataBuilder(MLACommonMetadataBuilder[FusedMLAMetadata]):
     """Builds a step's metadata, and with it the tile schedule that all layers of the step share.
 
-    The schedule lies in buffers that are allocated once per plan for the largest batch: CUDA graphs captured with one
-    step's metadata find the next step's schedule at the same addresses.
+    The Hopper kernels need none, and nothing is launched here for them. The portable kernel's lies in buffers that are
+    allocated once per plan for the largest batch: CUDA graphs captured with one step's metadata find the next step's
+    schedule at the same addresses.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
@@ -97,8 +101,9 @@ class FusedMLAMetadataBuilder(MLACommonMetadataBuilder[FusedMLAMetadata]):
             # Not max_query_len: a padded batch's tokens are num_requests x s_q, and that is how layers reshape them.
             s_q = max(num_tokens // seq_lens_device.shape[0], 1)
             metadata.plan = self._limits.plan(s_q, self.device)
-            metadata.schedule = self._buffers(metadata.plan.params).narrow(seq_lens_device.shape[0])
-            build_schedule(seq_lens_device, metadata.plan.params, metadata.schedule)
+            if not metadata.plan.on_hopper:
+                metadata.schedule = self._buffers(metadata.plan.params).narrow(seq_lens_device.shape[0])
+                build_schedule(seq_lens_device, metadata.plan.params, metadata.schedule)
         return metadata
 
     def _buffers(self, params: ScheduleParams) -> TileSchedule:
@@ -107,7 +112,10 @@ class FusedMLAMetadataBuilder(MLACommonMetadataBuilder[FusedMLAMetadata]):
         return self._schedules[params]
 
     def update_draft_decode_metadata(self, metadata: FusedMLAMetadata) -> None:
-        """Schedule anew for sequence lengths that a drafter advanced on the device; safe inside a graph capture."""
+        """Schedule anew for sequence lengths that a drafter advanced on the device; safe inside a graph capture.
+
+        The Hopper kernels read the lengths themselves.
+        """
         decode = metadata.decode
         if decode is not None and decode.plan is not None and decode.schedule is not None:
             build_schedule(decode.seq_lens, decode.plan.params, decode.schedule)

@@ -29,6 +29,7 @@ def mla_decode(
     causal: bool = True,
     k_scale: float | torch.Tensor | None = None,
     batch_invariant: bool = False,
+    fp8_mma: bool = False,
     schedule: TileSchedule | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
@@ -47,7 +48,11 @@ def mla_decode(
         k_scale: scale of an fp8 cache of width 576, a number or a float32 tensor of one element on q's device.
         batch_invariant: the same bits for a request whatever else is in the batch; takes about 64 KiB of scratch
             memory for each of the b x s_q x h_q query rows.
-        schedule: from `decode_schedule` with the same arguments, to share it among calls with the same lengths.
+        fp8_mma: let fp8 tensor cores multiply where there is a kernel for it: a Hopper GPU, an fp8 cache of width 576,
+            s_q x h_q > 32. Faster, but query and softmax weights are rounded to e4m3, each by up to 2^-4 of itself, so
+            out and lse are less exact.
+        schedule: from `decode_schedule` with the same arguments, to share it among calls with the same lengths; the
+            kernels for Hopper schedule themselves and ignore it.
         out: ``[b, s_q, h_q, 512]`` in q's dtype and lse ``[b, s_q, h_q]`` float32, contiguous, allocated if not given.
 
     Returns:
@@ -72,8 +77,9 @@ def mla_decode(
     if schedule is not None:
         _check_schedule(schedule, b, _plan_params(s_q * h_q, layout.cache_format(cache), seq_lens, batch_invariant))
     parts = (None, None, None) if schedule is None else (schedule.program_begin, schedule.items, schedule.num_splits)
+    modes = (causal, batch_invariant, fp8_mma)
     torch.ops.fusedmla.mla_decode(
-        q, cache, block_table, seq_lens, out, lse, k_scale, k_scale_value, sm_scale, causal, batch_invariant, *parts
+        q, cache, block_table, seq_lens, out, lse, k_scale, k_scale_value, sm_scale, *modes, *parts
     )
     return out, lse
 
@@ -91,6 +97,7 @@ def _mla_decode_op(
     sm_scale: float | None,
     causal: bool,
     batch_invariant: bool,
+    fp8_mma: bool,
     program_begin: torch.Tensor | None,
     items: torch.Tensor | None,
     num_splits: torch.Tensor | None,
@@ -103,11 +110,12 @@ def _mla_decode_op(
     from .kernels import dense_decode  # here, so that a CPU install needs no Triton
 
     b, s_q, h_q, _ = q.shape
-    plan = decode_plan(s_q, h_q, layout.cache_format(cache), q.device, batch_invariant)
+    plan = decode_plan(s_q, h_q, layout.cache_format(cache), q.device, batch_invariant, fp8_mma)
     schedule = None
     if program_begin is not None and items is not None and num_splits is not None:
         schedule = TileSchedule(program_begin, items, num_splits)
-    dense_decode.mla_decode(q, cache, block_table, seq_lens, plan=plan, schedule=schedule, **options)
+    with torch.cuda.device(q.device):  # kernels are launched on the current one
+        dense_decode.mla_decode(q, cache, block_table, seq_lens, plan=plan, schedule=schedule, **options)
 
 
 @_mla_decode_op.register_fake
@@ -131,7 +139,10 @@ def decode_schedule(
 def _schedule(seq_lens: torch.Tensor, rows: int, cache_format: str, batch_invariant: bool = False) -> TileSchedule:
     params = _plan_params(rows, cache_format, seq_lens, batch_invariant)
     on_gpu = seq_lens.device.type == "cuda"  # on a CPU nothing reads it, but callers may shape buffers by it
-    return build_schedule(seq_lens, params) if on_gpu else build_schedule_host(seq_lens, params)
+    if not on_gpu:
+        return build_schedule_host(seq_lens, params)
+    with torch.cuda.device(seq_lens.device):
+        return build_schedule(seq_lens, params)
 
 
 def _plan_params(rows: int, cache_format: str, seq_lens: torch.Tensor, batch_invariant: bool = False) -> ScheduleParams:

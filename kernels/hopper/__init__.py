@@ -1,28 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense decode for compute capability 9.0 in CUDA C++: compiled when the wheel is built, launched through the driver.
 
-`available` and the sizes are pure Python; `decode` and `launch` need a CUDA build of torch.
+What is here is pure Python; `decode` and `launch` need a CUDA build of torch.
 """
 
 import importlib.util
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..schedule import ScheduleParams
+from . import variants
 from .variants import VARIANTS
 
 CUBINS = Path(__file__).parent / "cubin"
 MAX_PROGRAMS = 160
 """Most programs for a block of query rows, and so most pieces of a request: kMaxPieces in splitkv.cuh."""
 
+_refused: list[str] = []  # why the kernels are not used any more in this process
+
+
+class DriverError(RuntimeError):
+    """The CUDA driver refused something."""
+
 
 @lru_cache
+def _missing() -> str | None:
+    absent = [name for name in VARIANTS if not (CUBINS / f"{name}.cubin").is_file()]
+    if absent:
+        others = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        return f"kernels for Hopper were not compiled: {', '.join(absent[:3])}{others}"
+    try:
+        found = importlib.util.find_spec("cuda.bindings")
+    except ModuleNotFoundError:  # not even `cuda`
+        found = None
+    return None if found else "cuda.bindings, which torch's CUDA builds bring, is not installed"
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot be used in this process, None if they can."""
+    return _refused[0] if _refused else _missing()
+
+
 def available() -> bool:
-    """Whether all kernels were compiled and the driver's Python interface, which torch's CUDA builds need, is there."""
-    return importlib.util.find_spec("cuda.bindings") is not None and all(
-        (CUBINS / f"{name}.cubin").is_file() for name in VARIANTS
-    )
+    """Whether all kernels were compiled, the driver's Python interface is there, and the driver took what it was given.
+
+    Says nothing about the GPU.
+    """
+    return unavailable() is None
+
+
+def loads(config: Any, cache_format: str, rows: int, device: Any) -> bool:
+    """Whether the driver loads a configuration's kernel on a device, which has it ready for launches then.
+
+    Where it does not (it may be older than the compiler), a warning says so once, and nothing is `available` any more.
+    """
+    if not available():
+        return False
+    name = variant_of(config, cache_format, rows)
+    try:
+        from .launch import load  # here, for it needs the driver's interface
+
+        load(name, device)
+    except (ImportError, OSError, DriverError) as error:
+        _refused.append(f"the kernel {name} could not be loaded: {error}")
+        logging.getLogger(__name__).warning("FUSEDMLA: %s. The portable kernels are used.", _refused[0])
+        return False
+    return True
+
+
+def variant_of(config: Any, cache_format: str, rows: int) -> str:
+    """Name of the compiled kernel for a `DecodeConfig` of this folder's kernels and `rows` query rows a request."""
+    if config.kernel == "swapab":
+        return variants.swapab_name(cache_format, config.block_h)
+    if config.kernel == "twowg":
+        return variants.twowg_name(cache_format, cluster(config, rows))
+    return variants.pair_name(config.kernel == "pair_native")
 
 
 def row_blocks(config: Any, rows: int) -> int:

@@ -9,13 +9,14 @@ from .. import layout
 from ..common import LOG2_E
 from ..plan import DecodePlan
 from . import cluster as cluster_size
-from . import launch, row_blocks, variants
+from . import launch, row_blocks, variant_of
+from .params import Params, Schedule, Strides
 
 _ROW_BYTES = {"bf16": 1152, "fp16": 1152, "fp8": 576, "fp8_ds_mla": 656}
 
 
 def tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
-    """Descriptors of a paged cache: its latent part in blocks of 128 bytes, and of 8-bit caches rope part and scales."""
+    """Descriptors of a paged cache: latent part in blocks of 128 bytes; of 8-bit caches also rope part and scales."""
     pages, page_size = cache.shape[:2]
     row, page, group = _ROW_BYTES[name], cache.stride(0) * cache.element_size(), 8
     start = cache.data_ptr()
@@ -32,7 +33,7 @@ def tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
 
 
 def twowg_tensor_maps(cache: torch.Tensor) -> tuple[bytes, ...]:
-    """Descriptors of a 16-bit paged cache as the twowg kernel copies it: quarters of a tile, two blocks or the rope one."""
+    """Descriptors of a 16-bit paged cache for the twowg kernel, which copies quarters of a tile: latent, rope part."""
     pages, page_size = cache.shape[:2]
     page = cache.stride(0) * cache.element_size()
     groups = min(64, page_size & -page_size) // 8  # of 8 tokens, that a copy takes from a page
@@ -40,16 +41,6 @@ def twowg_tensor_maps(cache: torch.Tensor) -> tuple[bytes, ...]:
     return tuple(
         launch.tensor_map(cache.data_ptr(), 2, shape, strides, (64, 8, blocks, groups, 1), 128) for blocks in (2, 1)
     )
-
-
-def variant_of(plan: DecodePlan, cache_format: str, rows: int) -> str:
-    """Name of the compiled kernel that a plan asks for."""
-    kernel = plan.config.kernel
-    if kernel == "swapab":
-        return variants.swapab_name(cache_format, plan.config.block_h)
-    if kernel == "twowg":
-        return variants.twowg_name(cache_format, cluster_size(plan.config, rows))
-    return variants.pair_name(kernel == "pair_native")
 
 
 def decode(
@@ -67,31 +58,32 @@ def decode(
     causal: bool,
     k_scale: float | torch.Tensor,
 ) -> None:
-    """Launch; arguments as in `dense_decode.mla_decode`, none left out."""
+    """Launch on the current device and stream; arguments as in `dense_decode.mla_decode`, none left out."""
     b, s_q, h_q, _ = q_nope.shape
     params, config, rows = plan.params, plan.config, s_q * h_q
     name = layout.cache_format(cache)
     blocks, cluster = row_blocks(config, rows), cluster_size(config, rows)
     maps = twowg_tensor_maps(cache) if config.kernel == "twowg" else tensor_maps(cache, name)
-    p = launch.Params()
+    p = Params()
     for field, encoded in zip(("latent", "rope", "scales"), maps, strict=False):
         ctypes.memmove(getattr(p, field), encoded, 128)
     p.q_nope, p.q_rope, p.out, p.lse = q_nope.data_ptr(), q_rope.data_ptr(), out.data_ptr(), lse.data_ptr()
     p.block_table, p.seq_lens = block_table.data_ptr(), seq_lens.data_ptr()
     p.partial_out, p.partial_lse = workspace[0].data_ptr(), workspace[1].data_ptr()
-    p.arrivals = launch.counters(b * blocks, q_nope.device).data_ptr()
+    arrivals = launch.counters(b * blocks)  # alive until the launch
+    p.arrivals = arrivals.data_ptr()
     if isinstance(k_scale, torch.Tensor):
         p.k_scale = k_scale.data_ptr()
     else:
         p.k_scale_value = k_scale
-    p.q_nope_stride = launch.Strides(*q_nope.stride()[:3])
-    p.q_rope_stride = launch.Strides(*q_rope.stride()[:3])
+    p.q_nope_stride = Strides(*q_nope.stride()[:3])
+    p.q_rope_stride = Strides(*q_rope.stride()[:3])
     p.table_stride = block_table.stride(0)
-    p.schedule = launch.Schedule(
+    p.schedule = Schedule(
         b, params.num_programs, params.fixed_tiles, params.min_tiles, params.min_tiles, params.batch_invariant,
         params.max_splits,
     )  # fmt: skip
     p.scale_log2 = sm_scale * LOG2_E
     p.s_q, p.h_q, p.causal, p.page_size = s_q, h_q, causal and s_q > 1, cache.shape[1]
     p.q_is_fp16 = q_nope.dtype == torch.float16
-    launch.launch(variant_of(plan, name, rows), p, (blocks, params.num_programs), cluster)
+    launch.launch(variant_of(config, name, rows), p, (blocks, params.num_programs), cluster)

@@ -3,87 +3,81 @@
 
 import ctypes
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from cuda.bindings import driver
 
-from . import CUBINS
+from . import CUBINS, DriverError
+from .counters import CounterPool
+from .params import Params
 from .variants import VARIANTS
 
+_RELAXED = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
 _SHARED_BYTES = 227 * 1024  # all that a block may have: one block a multiprocessor
-_COUNTERS = 1 << 16
 
 
-class Schedule(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in ("b", "programs", "fixed_tiles", "min_tiles", "min_share", "batch_invariant", "max_splits")
-    ]
-
-
-class Strides(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("b", "s", "h")]
-
-
-TensorMap = ctypes.c_uint8 * 128
-
-
-class Params(ctypes.Structure):
-    """Mirror of `Params` in params.cuh; the device's copy is padded to a multiple of 64 bytes."""
-
-    _fields_ = [
-        *((name, TensorMap) for name in ("latent", "rope", "scales")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "q_nope", "q_rope", "block_table", "seq_lens", "out", "lse", "partial_out", "partial_lse", "arrivals",
-                "k_scale",
-            )
-        ),
-        ("q_nope_stride", Strides),
-        ("q_rope_stride", Strides),
-        ("table_stride", ctypes.c_int64),
-        ("schedule", Schedule),
-        ("k_scale_value", ctypes.c_float),
-        ("scale_log2", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("s_q", "h_q", "causal", "page_size", "q_is_fp16")),
-        ("padding", ctypes.c_uint8 * 64),
-    ]  # fmt: skip
-
-
-def check(result: tuple) -> object:
+def check(result: tuple) -> Any:
     """The value of a driver call, or its error as an exception."""
     error, *values = result
     if error != driver.CUresult.CUDA_SUCCESS:
         _, name = driver.cuGetErrorName(error)
-        raise RuntimeError(f"CUDA driver: {name.decode() if name else error}")
+        raise DriverError(f"CUDA driver: {name.decode() if name else error}")
     return values[0] if values else None
 
 
 @cache
 def _kernel(name: str, device: int) -> object:
+    if not int(check(driver.cuCtxGetCurrent())):
+        torch.cuda.mem_get_info(device)  # a thread's first call of CUDA's runtime makes a context current
+    previous = check(driver.cuThreadExchangeStreamCaptureMode(_RELAXED))  # loading is no work to be captured
+    try:
+        return _load(name, device)
+    finally:
+        check(driver.cuThreadExchangeStreamCaptureMode(previous))
+
+
+def _load(name: str, device: int) -> object:
     code = (CUBINS / f"{name}.cubin").read_bytes()
     library = check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
     kernel = check(driver.cuLibraryGetKernel(library, name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     check(driver.cuKernelSetAttribute(attribute, _SHARED_BYTES, kernel, driver.CUdevice(device)))
+    check(driver.cuKernelGetFunction(kernel))  # into the device's memory now, not in the first launch
     return driver.CUfunction(int(kernel))
 
 
-@cache
-def _counter_pool(device: torch.device, stream: int) -> torch.Tensor:
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-
-
-def counters(count: int, device: torch.device) -> torch.Tensor:
-    """Zeros that a launch counts arrivals in and leaves at zero; launches of a stream, one after the other, share them.
+def load(name: str, device: torch.device) -> None:
+    """Make a kernel ready on a device, so that launches neither load nor allocate.
 
     Raises:
-        ValueError: more than 65536 blocks of query rows in a batch.
+        DriverError: the driver does not take the cubin.
+        OSError: there is no such cubin.
     """
-    if count > _COUNTERS:
-        raise ValueError(f"a batch may have up to {_COUNTERS} blocks of query rows, got {count}")
-    return _counter_pool(device, torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        if not torch.cuda.is_current_stream_capturing() and not counter_pool(index).chunks:
+            counter_pool(index).reserve()
+        _kernel(name, index)
+
+
+@cache
+def counter_pool(device: int) -> CounterPool:
+    """The counters of a device."""
+    return CounterPool(torch.device("cuda", device))
+
+
+def counters(count: int) -> torch.Tensor:
+    """Zeros for a launch on torch's current stream, to be kept until it is launched: see `CounterPool`."""
+    stream = torch.cuda.current_stream()
+    capture = _capture_id(stream.cuda_stream) if torch.cuda.is_current_stream_capturing() else 0
+    return counter_pool(stream.device_index).take(count, stream.cuda_stream, capture)
+
+
+def _capture_id(stream: int) -> int | None:
+    """The number of the graph capture under way, None if the driver does not tell (of graphs with special edges)."""
+    error, _, number, *_ = driver.cuStreamGetCaptureInfo(driver.CUstream(stream))
+    return int(number) if error == driver.CUresult.CUDA_SUCCESS else None
 
 
 def launch(name: str, params: Params, grid: tuple[int, int], cluster: int = 1) -> None:

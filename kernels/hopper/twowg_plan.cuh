@@ -8,10 +8,10 @@
 // Of the four steps of a tile's PV, those that the first and the second multiplier do at once. The others wait for the
 // next tile's scores, so that the tensor cores have work during its softmax.
 #ifndef FUSEDMLA_EARLY_A
-#define FUSEDMLA_EARLY_A 1
+#define FUSEDMLA_EARLY_A 2
 #endif
 #ifndef FUSEDMLA_EARLY_B
-#define FUSEDMLA_EARLY_B 1
+#define FUSEDMLA_EARLY_B 0
 #endif
 #ifndef FUSEDMLA_LAZY  // the reference maximum moves only if a score exceeds it by more (base 2); 0: whenever it can
 #define FUSEDMLA_LAZY 8
@@ -67,7 +67,7 @@ constexpr int kWeightBytes = kRows * kTile * 2;
 constexpr int kFactorsAt = kWeightsAt + kMessageSlots * kWeightBytes;
 constexpr int kFactorBytes = kRows * 4;
 constexpr int kTasksAt = kFactorsAt + kMessageSlots * kFactorBytes;
-constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 64;
+constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 96;
 constexpr int kBarriersAt = kFeederAt + kFeederBytes;
 constexpr int kBarriers = 2 * (kQuarterSlots + 1 + kTaskSlots) + 3 * kMessageSlots;
 constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;

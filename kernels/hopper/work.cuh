@@ -26,9 +26,11 @@ __device__ inline int slot_of(const Schedule& schedule, int request, int first_p
 class Work {
   public:
     __device__ Work(const Schedule& schedule, const int* seq_lens, int program)
-        : schedule_(schedule), seq_lens_(seq_lens), program_(program) {
+        : schedule_(schedule), seq_lens_(seq_lens), program_(program), fixed_(schedule.fixed_tiles), cost_(0) {
         rewind();
         int total = __shfl_sync(~0u, lane_end_, kWarp - 1);
+        const int first_len = __shfl_sync(~0u, lane_len_, 0);
+        bool same = int(threadIdx.x % kWarp) >= schedule_.b || lane_len_ == first_len;
         for (int base = kWarp; base < schedule_.b; base += 4 * kWarp) {
             int lens[4], sum = 0;  // in flight together
 #pragma unroll
@@ -37,10 +39,14 @@ class Work {
                 lens[i] = request < schedule_.b ? seq_lens_[request] : -1;
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum += lens[i] >= 0 ? shape(lens[i]).cost : 0;
+            for (int i = 0; i < 4; ++i) {
+                sum += lens[i] >= 0 ? shape(lens[i]).cost : 0;
+                same &= lens[i] < 0 || lens[i] == first_len;
+            }
             total += __reduce_add_sync(~0u, sum);
         }
         share_ = max((total + schedule_.programs - 1) / schedule_.programs, schedule_.min_share);
+        if (__all_sync(~0u, same)) even_out(shape(first_len));
     }
 
     // For a copy of another lane's: what each lane knows for itself.
@@ -64,7 +70,7 @@ class Work {
         const int lane = threadIdx.x % kWarp;
         while (base_ < schedule_.b && line_ < (program_ + 1) * share_) {
             const Shape s = shape(lane_len_);
-            const int start = line_ + lane_end_ - s.cost;
+            const int start = line_ + lane_end_ - (cost_ ? cost_ : s.cost);
             const Pieces mine = pieces_of(start, s);
             const bool inside = base_ + lane < schedule_.b;
             const uint32_t found = __ballot_sync(~0u, inside && lane >= taken_ && mine.begin < mine.end);
@@ -73,8 +79,8 @@ class Work {
                 look_at(base_ + kWarp);
                 continue;
             }
-            int tile_begin = max(program_ * share_ - (start + schedule_.fixed_tiles), 0);
-            int tile_end = min((program_ + 1) * share_ - (start + schedule_.fixed_tiles), s.tiles);
+            int tile_begin = max(program_ * share_ - (start + fixed_), 0);
+            int tile_end = min((program_ + 1) * share_ - (start + fixed_), s.tiles);
             const int piece = mine.begin + pieces_taken_;
             if (schedule_.batch_invariant) {
                 tile_begin = piece * s.chunk;
@@ -128,11 +134,26 @@ class Work {
                     min(divide(max(to, 0) + size - 1, size), s.pieces), s.pieces};
         }
         // From the program of the first tile to that of the last; a cut before the first tile moves to it.
-        const int line = start + schedule_.fixed_tiles;
-        const int first = divide(s.tiles ? line : line - 1, share_);
+        const int line = start + fixed_;
+        const int first = divide(s.tiles ? line : max(line - 1, start), share_);
         const int last = s.tiles ? divide(line + s.tiles - 1, share_) : first;
         const int piece = program_ - first;
         return {piece, piece + (first <= program_ && program_ <= last), last - first + 1};
+    }
+
+    // Requests of equal length: cut each into the same number of equal pieces, or not at all, if that costs little
+    // balance. A program then has pieces of its own requests only: each start, end and merge of one costs time.
+    __device__ void even_out(const Shape& s) {
+        int share = (share_ + s.cost - 1) / s.cost * s.cost;
+        const int pieces = schedule_.programs / schedule_.b;
+        if (pieces > 1 && !schedule_.batch_invariant) share = max((s.tiles + pieces - 1) / pieces, 1);
+        if (16 * (share - share_) > share_) return;
+        share_ = share;
+        if (pieces > 1 && !schedule_.batch_invariant) {  // a request begins where a program does
+            fixed_ = 0;
+            cost_ = pieces * share;
+            look_at(0);
+        }
     }
 
     // The 32 requests from `base` on: each lane's length, and where it ends on the line, counted from line_.
@@ -143,6 +164,10 @@ class Work {
         const bool inside = base + lane < schedule_.b;
         lane_len_ = inside ? seq_lens_[base + lane] : 0;
         lane_end_ = inside ? shape(lane_len_).cost : 0;
+        if (cost_) {
+            lane_end_ = min(lane + 1, schedule_.b - base) * cost_;
+            return;
+        }
         for (int step = 1; step < kWarp; step <<= 1) {
             const int below = __shfl_up_sync(~0u, lane_end_, step);
             if (lane >= step) lane_end_ += below;
@@ -152,6 +177,7 @@ class Work {
     const Schedule& schedule_;
     const int* const seq_lens_;
     const int program_;
+    int fixed_, cost_;  // tiles that a request's begin counts for; what a request takes of the line if not tiles + fixed_
     int share_;
     int base_, line_;           // the 32 requests looked at, and where they begin on the line
     int lane_len_, lane_end_;

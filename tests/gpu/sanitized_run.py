@@ -1,28 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few launches of every kernel, small, to be run under compute-sanitizer (test_sanitizer.py)."""
+"""A few launches of every kernel, small, to be run under compute-sanitizer (test_sanitizer.py).
 
+Of the portable kernels, or with the argument `hopper` of those compiled for compute capability 9.0.
+"""
+
+import random
+import sys
+
+import forced
 import torch
-from problems import assert_matches, make_problem
+from problems import make_problem
 
 from vllm_fusedmla.kernels import dense_decode
-from vllm_fusedmla.kernels.plan import decode_plan
+
+# kernel, h_q, s_q, page size
+PORTABLE = [("portable_bf16", 16, 1, 64), ("portable_fp8", 16, 2, 64), ("portable_bf16", 40, 1, 16)]
+PORTABLE += [("portable_fp8", 64, 1, 32), ("portable_fp8_ds_mla", 16, 2, 64), ("portable_fp8_ds_mla", 40, 1, 16)]
+HOPPER = [("swapab_bf16_n16", 16, 1, 64), ("swapab_fp8_n8", 4, 2, 16), ("swapab_fp8_n32", 16, 2, 64)]
+HOPPER += [("swapab_fp8_ds_mla_n24", 40, 1, 16), ("pair_fp8", 64, 1, 32), ("pair_fp8_native", 64, 1, 64)]
+HOPPER += [("twowg_bf16_c1", 40, 1, 16), ("twowg_bf16_c2", 128, 1, 64)]
 
 
-def main() -> None:
-    cases = [("bf16", 16, 1, 64), ("fp8", 16, 2, 64), ("bf16", 40, 1, 16), ("fp8", 64, 1, 32)]
-    cases += [("fp8_ds_mla", 16, 2, 64), ("fp8_ds_mla", 40, 1, 16)]
-    for cache_format, h_q, s_q, page_size in cases:
+def main(cases: list[tuple[str, int, int, int]]) -> None:
+    random.seed(1)
+    torch.manual_seed(1)
+    for name, h_q, s_q, page_size in cases:
         for batch_invariant in (False, True):
             problem = make_problem(
-                [0, 1, 200, 700], h_q=h_q, s_q=s_q, page_size=page_size, cache_format=cache_format, device="cuda"
+                [0, 1, 200, 700], h_q=h_q, s_q=s_q, page_size=page_size, cache_format=forced.format_of(name),
+                device="cuda", spread=1.0,
             )  # fmt: skip
-            q = problem.q
-            plan = decode_plan(s_q, h_q, cache_format, q.device, batch_invariant)
+            plan = forced.plan_of(name, s_q * h_q, problem.q.device, batch_invariant)
             out, lse = dense_decode.mla_decode(*problem.arguments(), k_scale=problem.k_scale, plan=plan)
             torch.cuda.synchronize()
-            assert_matches(problem, out, lse)
+            forced.assert_right(name, problem, out, lse)
     print("all launches done")
 
 
 if __name__ == "__main__":
-    main()
+    main(HOPPER if sys.argv[1:] == ["hopper"] else PORTABLE)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense decode at real sizes on a GPU: a soak of random batches, CUDA graphs, batch invariance, addresses over 2^31."""
+"""Dense decode at real sizes on a GPU, by the kernels that are chosen for it.
+
+A soak of random batches, CUDA graphs, batch invariance, addresses over 2^31.
+"""
 
 import os
 import random
