@@ -30,6 +30,6 @@ ALL: dict[str, type[Provider]] = {
         Reference,
     )
 }
-DEFAULT = ("fusedmla", "fusedmla-noschedule", "flashmla", "fa3", "flashinfer", "triton_mla")
+DEFAULT = ("fusedmla", "fusedmla-portable", "flashmla", "fa3", "flashinfer", "triton_mla")
 FALLBACKS = {"flashmla": "sgl-flashmla", "flashmla-schedule": "sgl-flashmla"}
 """What stands in for a provider that is not available."""

@@ -42,14 +42,15 @@ class FusedMLA(Provider):
     def prepare(self, x: Inputs) -> Prepared:
         case, device = x.case, x.q.device
         plan = self.plan_for(x)
-        tiles = self._schedule.build_schedule(x.seq_lens, plan.params)
+        # The Hopper kernels schedule themselves inside the timed launch.
+        tiles = None if plan.on_hopper else self._schedule.build_schedule(x.seq_lens, plan.params)
         shapes = plan.workspace_shapes(case.b, case.s_q, case.h_q)
         workspace = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
         out = torch.empty(case.b, case.s_q, case.h_q, D_V, dtype=x.q.dtype, device=device)
         lse = torch.empty(case.b, case.s_q, case.h_q, dtype=torch.float32, device=device)
 
         def call():
-            if self.timed_schedule:
+            if self.timed_schedule and tiles is not None:
                 self._schedule.build_schedule(x.seq_lens, plan.params, out=tiles)
             return self._decode.mla_decode(
                 x.q,
@@ -70,7 +71,7 @@ class FusedMLA(Provider):
             f"{chosen.kernel} {chosen.block_h}x{chosen.block_n} warps {chosen.num_warps} stages {chosen.num_stages} "
             f"programs/SM {chosen.programs_per_sm}"
         )
-        schedule = "timed" if self.timed_schedule else "prebuilt"
+        schedule = "timed" if self.timed_schedule or plan.on_hopper else "prebuilt"
         return Prepared(call, lambda result: (result[0], result[1]), schedule, config=config)
 
 

@@ -56,19 +56,21 @@ __device__ inline void load_query_native(const Params& p, uint8_t* query, float*
     for_query_rows<N>(p, request, row0, put);
 }
 
-// Scores over half of the columns, latent and rope.
-__device__ inline void scores_native(float (&s)[32], uint32_t tile, uint32_t rope, uint32_t query, int warpgroup) {
+// Scores of a tile.
+__device__ inline void scores_native(float (&s)[32], uint32_t tile, uint32_t rope, uint32_t query) {
     constexpr int N = 64, kGroupBytes = 4 * kBlock;
     keep_in_order(s);
     wgmma_fence();
 #pragma unroll
-    for (int block = 0; block < 2; ++block) {
-        const uint64_t k = descriptor_128b(tile + (warpgroup * 2 + block) * kBlock, kGroupBytes);
-        const uint64_t q = descriptor_128b(query + (warpgroup * 2 + block) * N * 128);
+    for (int block = 0; block < 4; ++block) {
+        const uint64_t k = descriptor_128b(tile + block * kBlock, kGroupBytes);
+        const uint64_t q = descriptor_128b(query + block * N * 128);
 #pragma unroll
         for (int step = 0; step < 4; ++step) wgmma_e4m3(s, k + step * 2, q + step * 2, block + step > 0);
     }
-    wgmma_e4m3(s, descriptor_64b(rope) + warpgroup * 2, descriptor_64b(query + 4 * N * 128) + warpgroup * 2, true);
+    const uint64_t k = descriptor_64b(rope), q = descriptor_64b(query + 4 * N * 128);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) wgmma_e4m3(s, k + step * 2, q + step * 2, true);
     wgmma_commit();
     wgmma_wait<0>();
     keep_in_order(s);
@@ -76,24 +78,24 @@ __device__ inline void scores_native(float (&s)[32], uint32_t tile, uint32_t rop
 
 // Weights as e4m3, times a power of two that uses its range. Token order within 16: see accumulate_native.
 constexpr float kWeightScale = 256.f;
-__device__ inline void put_weights_native(uint8_t* to, const float (&w)[16], int first_row) {
+__device__ inline void put_weights_native(uint8_t* to, const float (&w)[32]) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4, odd = lane / 4 % 2;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 8; ++i) {
         const uint32_t even_row = pack_e4m3(w[4 * i] * kWeightScale, w[4 * i + 2] * kWeightScale);
         const uint32_t odd_row = pack_e4m3(w[4 * i + 1] * kWeightScale, w[4 * i + 3] * kWeightScale);
         const uint32_t theirs = __shfl_xor_sync(~0u, odd ? even_row : odd_row, 4);
         const uint32_t mine = odd ? odd_row : even_row;
         // Tokens g, g + 1, g + 8, g + 9 for even g; the odd lane has the odd row of its pair.
         const uint32_t word = odd ? __byte_perm(theirs, mine, 0x5140) : __byte_perm(mine, theirs, 0x5140);
-        const int row = first_row + i * 8 + lane % 4 * 2 + odd;
+        const int row = i * 8 + lane % 4 * 2 + odd;
         *reinterpret_cast<uint32_t*>(to + row * 64 + ((warp ^ (row >> 1 & 3)) << 4) + lane / 8 * 4) = word;
     }
 }
 
-// O^T = O^T * shrink + V^T P^T over four blocks of 64 columns. Transposed bytes come as two columns of two tokens; those of
+// O^T += V^T P^T over four blocks of 64 columns. Transposed bytes come as two columns of two tokens; those of
 // tokens 2j, 2j + 1, 2j + 8, 2j + 9 of a column make a lane's four elements of k.
-__device__ inline void accumulate_native(float (&o)[4][32], const float (&shrink)[16], uint32_t tile, uint32_t weights) {
+__device__ inline void accumulate_native(float (&o)[4][32], uint32_t tile, uint32_t weights) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
@@ -115,6 +117,6 @@ __device__ inline void accumulate_native(float (&o)[4][32], const float (&shrink
         wgmma_wait<0>();  // the other warpgroup's products run meanwhile
         keep_in_order(sum);
 #pragma unroll
-        for (int i = 0; i < 32; ++i) o[block][i] = o[block][i] * shrink[i / 4 * 2 + i % 2] + sum[i];
+        for (int i = 0; i < 32; ++i) o[block][i] += sum[i];
     }
 }

@@ -7,21 +7,19 @@
 template <bool NATIVE>  // e4m3 operands; otherwise fp16
 struct PairPlan : Plan<Format::kFp8, 32> {  // what belongs to the cache's format is the same
     static constexpr int kRows = 64;
-    static constexpr int kStages = 3;
+    static constexpr int kStages = NATIVE ? 4 : 3;
     static constexpr int kReleases = kConsumers;
     static constexpr int kResultBytes = 2 * kRows * kResultPitch;
     static constexpr int kQueryBlock = kRows * 128;
     static constexpr int kQueryOperand = NATIVE ? 4 * kQueryBlock + kRows * 64 : 9 * kQueryBlock;
     static constexpr int kQueryBytes = kQueryOperand > kResultBytes ? kQueryOperand : kResultBytes;
     static constexpr int kWeightBytes = kRows * kTile * (NATIVE ? 1 : 2);
-    static constexpr int kParcelBytes = kRows * kTile * 4;  // half of the scores of each warpgroup
 
     static constexpr int kQuery = kStages * kStageBytes;
     static constexpr int kWeights = kQuery + kQueryBytes;
-    static constexpr int kExchange = kWeights + kWeightBytes;
-    static constexpr int kColumnValues = kExchange + kParcelBytes;      // [4 warps][64], later sums
-    static constexpr int kRowValues = kColumnValues + 4 * kRows * 4;    // [64]: what to multiply by
-    static constexpr int kTops = kRowValues + kRows * 4;                // [2][64]: running maxima, base 2
+    static constexpr int kExchange = kWeights + 2 * kWeightBytes;     // [64][8 warps]: maxima, later sums
+    static constexpr int kRowValues = kExchange + 8 * kRows * 4;      // [64]: what to multiply by
+    static constexpr int kTops = kRowValues + kRows * 4;  // [2][64]: running maxima, base 2
     static constexpr int kRowScale = kTops + 2 * kRows * 4;                // [64]
     static constexpr int kBarriers = kRowScale + kRows * 4;
     static constexpr int kItemQueue = kBarriers + 16 * (kStages + kItems);

@@ -22,7 +22,7 @@ __device__ void copy_group(const Params& p, const Shared& shared, int stage, int
 __device__ void hand_over(const Shared& shared, Ring<Layout::kItems>& ring, const Item& item, Step step) {
     mbarrier_wait(shared.item_empty(ring.stage()), ring.phase() ^ 1);
     if (threadIdx.x % kWarp == 0) {
-        *shared.item(ring.stage()) = {item, step};
+        *shared.item(ring.stage()) = {item, step, ring.count};
         mbarrier_arrive(shared.item_full(ring.stage()));
     }
     ring.advance();

@@ -25,10 +25,11 @@ __device__ void consume(const Params& p, const Shared& shared) {
         } else {
             if (threadIdx.x == 0) wait_for_pieces(counter_of(p, item), item.pieces);
             named_barrier_sync(kAllConsumers, kConsumers);
-            merge_share<kConsumers>(p, item, first_row_of_block(), min(p.s_q * p.h_q - first_row_of_block(), N), out_is_fp16(p), threadIdx.x, kAllConsumers,
-                                    shared.scratch());
+            merge_share<kConsumers>(p, item, first_row_of_block(), min(p.s_q * p.h_q - first_row_of_block(), N),
+                                    out_is_fp16(p), threadIdx.x, kAllConsumers, shared.scratch());
             if (threadIdx.x == 0) leave(counter_of(p, item), item.pieces);
         }
+        items.count = task.number;  // not kept in a register meanwhile
         mbarrier_arrive(shared.item_empty(items.stage()));
         items.advance();
     }

@@ -20,6 +20,7 @@ enum class Step { kAttend, kMerge, kEnd };
 struct alignas(16) Task {
     Item item;
     Step step;
+    unsigned number;  // of tasks before it
 };
 static_assert(sizeof(Task) == Layout::kItemBytes);
 
