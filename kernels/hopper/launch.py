@@ -92,6 +92,14 @@ def launch(name: str, params: Params, grid: tuple[int, int], cluster: int = 1) -
     overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     overlap.value.programmaticStreamSerializationAllowed = 1
     attributes = [overlap]
+    import os
+    if os.environ.get("FUSEDMLA_COOP"):
+        together = driver.CUlaunchAttribute()
+        together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        together.value.cooperative = 1
+        attributes.append(together)
+        if os.environ["FUSEDMLA_COOP"] == "only":
+            attributes.remove(overlap)
     if cluster > 1:
         shape = driver.CUlaunchAttribute()
         shape.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
