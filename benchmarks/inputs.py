@@ -13,7 +13,7 @@ import torch
 from benchmarks.cases import CACHE_ROW_BYTES, D_QK, D_V, Case
 
 KEY_STD = 0.1
-"""Standard deviation of cached values, as in FlashMLA's tests, whose absolute tolerance is used; that of scores is 1."""
+"""Standard deviation of cached values, as in FlashMLA's tests, whose tolerance is used; that of scores is 1."""
 FP8_K_SCALE = 0.0173 * KEY_STD
 """Scale of the fp8 cache: no power of two, and 448 * 0.0173 = 7.8 standard deviations lie inside e4m3's range."""
 _ROWS_AT_A_TIME = 1 << 16

@@ -92,15 +92,14 @@ def launch(name: str, params: Params, grid: tuple[int, int], cluster: int = 1) -
     overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     overlap.value.programmaticStreamSerializationAllowed = 1
     attributes = [overlap]
-    import os
-    if os.environ.get("FUSEDMLA_COOP"):
+    if cluster == 1:
+        # Programs wait for each other's partial results, so all of a grid must run together, also beside another
+        # stream's: the driver sees to it, or refuses. With clusters that was not tried.
         together = driver.CUlaunchAttribute()
         together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
         together.value.cooperative = 1
         attributes.append(together)
-        if os.environ["FUSEDMLA_COOP"] == "only":
-            attributes.remove(overlap)
-    if cluster > 1:
+    else:
         shape = driver.CUlaunchAttribute()
         shape.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         shape.value.clusterDim.x, shape.value.clusterDim.y, shape.value.clusterDim.z = cluster, 1, 1
