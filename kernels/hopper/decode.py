@@ -12,35 +12,41 @@ from . import cluster as cluster_size
 from . import launch, row_blocks, variant_of
 from .params import Params, Schedule, Strides
 
-_ROW_BYTES = {"bf16": 1152, "fp16": 1152, "fp8": 576, "fp8_ds_mla": 656}
+_GROUP = 8  # tokens of a copy: kGroup in params.cuh
 
 
 def tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
     """Descriptors of a paged cache: latent part in blocks of 128 bytes; of 8-bit caches also rope part and scales."""
     pages, page_size = cache.shape[:2]
-    row, page, group = _ROW_BYTES[name], cache.stride(0) * cache.element_size(), 8
-    start = cache.data_ptr()
-    if name in ("bf16", "fp16"):
-        return (launch.tensor_map(start, 2, (64, page_size, 9, pages), (row, 128, page), (64, group, 9, 1), 128),)
-    latent = launch.tensor_map(start, 1, (128, page_size, 4, pages), (row, 128, page), (128, group, 4, 1), 128)
+    start, row, page = cache.data_ptr(), layout.row_bytes(name), cache.stride(0) * cache.element_size()
+
+    def blocks(width: int, count: int, element_bytes: int) -> bytes:
+        shape, box = (width, page_size, count, pages), (width, _GROUP, count, 1)
+        return launch.tensor_map(start, element_bytes, shape, (row, 128, page), box, 128)
 
     def part(offset: int, width: int, swizzle: int) -> bytes:
-        return launch.tensor_map(start + offset, 1, (width, page_size, pages), (row, page), (width, group, 1), swizzle)
+        shape, box = (width, page_size, pages), (width, _GROUP, 1)
+        return launch.tensor_map(start + offset, 1, shape, (row, page), box, swizzle)
 
+    if name in ("bf16", "fp16"):
+        return (blocks(64, layout.D_QK // 64, 2),)
+    latent = blocks(128, layout.D_V // 128, 1)
     if name == "fp8":
-        return latent, part(512, 64, 64)
-    return latent, part(528, 128, 128), part(512, 16, 0)
+        return latent, part(layout.D_V, layout.D_ROPE, 64)
+    scales = layout.DS_MLA_ROPE_OFFSET - layout.DS_MLA_SCALES_OFFSET
+    return latent, part(layout.DS_MLA_ROPE_OFFSET, 2 * layout.D_ROPE, 128), part(layout.DS_MLA_SCALES_OFFSET, scales, 0)
 
 
 def twowg_tensor_maps(cache: torch.Tensor) -> tuple[bytes, ...]:
     """Descriptors of a 16-bit paged cache for the twowg kernel, which copies quarters of a tile: latent, rope part."""
     pages, page_size = cache.shape[:2]
     page = cache.stride(0) * cache.element_size()
-    groups = min(64, page_size & -page_size) // 8  # of 8 tokens, that a copy takes from a page
-    shape, strides = (64, 8, 9, page_size // 8, pages), (1152, 128, 8 * 1152, page)
-    return tuple(
-        launch.tensor_map(cache.data_ptr(), 2, shape, strides, (64, 8, blocks, groups, 1), 128) for blocks in (2, 1)
-    )
+    groups = min(64, page_size & -page_size) // _GROUP  # that a copy takes from a page
+    row = layout.row_bytes(layout.cache_format(cache))
+    shape = (64, _GROUP, layout.D_QK // 64, page_size // _GROUP, pages)
+    strides = (row, 128, _GROUP * row, page)
+    boxes = [(64, _GROUP, blocks, groups, 1) for blocks in (2, 1)]
+    return tuple(launch.tensor_map(cache.data_ptr(), 2, shape, strides, box, 128) for box in boxes)
 
 
 def decode(

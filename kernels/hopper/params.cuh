@@ -23,7 +23,7 @@ struct Strides {  // in elements
 
 struct Params {
     TensorMap latent;      // 16-bit caches: whole rows
-    TensorMap rope;        // 8-bit caches
+    TensorMap rope;        // 8-bit caches; of 16-bit ones where it is copied apart (twowg)
     TensorMap scales;      // fp8_ds_mla
     const void* q_nope;    // [b, s_q, h_q, 512]
     const void* q_rope;    // [b, s_q, h_q, 64]

@@ -31,17 +31,6 @@ __device__ inline void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
 __device__ inline void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrive at the barrier at the same address in CTA `rank` of the cluster.
-__device__ inline void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-        "}\n" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
 __device__ inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;
     asm volatile(
@@ -84,26 +73,12 @@ __device__ inline void tma_load_4d(
         "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
         : "memory");
 }
-// The same bytes to the same shared-memory offset of every CTA in `cta_mask`, counted at each one's own barrier.
-__device__ inline void tma_load_4d_multicast(
-    uint32_t smem, const TensorMap* map, uint32_t barrier, uint16_t cta_mask, int x, int y, int z, int w,
-    uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(smem),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "h"(cta_mask), "l"(policy)
-        : "memory");
-}
-
 // ---- ordering ----
 
 // Ordinary writes to shared memory before it are seen by wgmma and TMA after it (with a barrier between threads).
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void named_barrier_sync(int id, int threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ inline void named_barrier_arrive(int id, int threads) {
-    asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 __device__ inline uint32_t cluster_cta_rank() {
     uint32_t rank;
@@ -141,7 +116,6 @@ __device__ inline unsigned load_acquire(const unsigned* p) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
     return value;
 }
-__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // ---- arithmetic ----
 

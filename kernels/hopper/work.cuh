@@ -3,7 +3,9 @@
 //
 // The same closed form as schedule.py: requests laid end to end on a line, each as `fixed_tiles` plus its tiles. By
 // default the line is cut at equal distances; in batch-invariant mode a request is cut into chunks of its own, dealt out
-// by where they begin. One warp walks the batch, 32 requests a step, and hands its items to the others.
+// by where they begin. Unlike schedule.py, a program may get less than a fixed cost and the fewest tiles together, and
+// requests of equal length are cut evenly (even_out). One warp walks the batch, 32 requests a step, and hands its items
+// to the others.
 #pragma once
 
 #include "params.cuh"
