@@ -58,7 +58,7 @@ def mla_decode(
         return out, lse
     plan = decode_plan(s_q, h_q, name, device) if plan is None else plan
     sm_scale = layout.D_QK**-0.5 if sm_scale is None else sm_scale
-    if plan.on_hopper and not hopper_takes(q_nope, q_rope, cache):
+    if plan.on_hopper and not hopper_takes(q_nope, q_rope, cache, sm_scale):
         plan, schedule, workspace = portable_plan(plan, s_q * h_q, name, device), None, None
     config, params = plan.config, plan.params
     if workspace is None:
@@ -115,12 +115,12 @@ def mla_decode(
     return out, lse
 
 
-def hopper_takes(q_nope: torch.Tensor, q_rope: torch.Tensor, cache: torch.Tensor) -> bool:
-    """Whether addresses and strides suit the copy engine and 16-byte loads."""
+def hopper_takes(q_nope: torch.Tensor, q_rope: torch.Tensor, cache: torch.Tensor, sm_scale: float) -> bool:
+    """Whether addresses and strides suit the copy engine and 16-byte loads, and larger scores are larger products."""
     page_bytes = cache.stride(0) * cache.element_size()
     starts = [t.data_ptr() for t in (q_nope, q_rope, cache)]
     strides = [stride for q in (q_nope, q_rope) for stride in q.stride()[:3]]
-    return all(n % 16 == 0 for n in (page_bytes, *starts)) and all(n % 8 == 0 for n in strides)
+    return sm_scale > 0 and all(n % 16 == 0 for n in (page_bytes, *starts)) and all(n % 8 == 0 for n in strides)
 
 
 def portable_plan(plan: DecodePlan, rows: int, cache_format: str, device: torch.device) -> DecodePlan:

@@ -21,6 +21,7 @@ class DecodeConfig:
         programs_per_sm: programs resident on a multiprocessor.
         fixed_tiles, min_tiles: see `schedule.ScheduleParams`.
         reason: why this entry was chosen, for the log.
+        groups: column groups of the latent in the portable sparse kernel, see `attend`.
     """
 
     kernel: str
@@ -32,6 +33,7 @@ class DecodeConfig:
     fixed_tiles: int
     min_tiles: int
     reason: str
+    groups: int = 1
 
 
 _ANY_ROWS = MAX_S_Q * MAX_H_Q
@@ -52,7 +54,23 @@ _TABLE = (
     ((8, 0), (99, 9), _SIXTEEN_BIT, _ANY_ROWS, (16, 32, 4, 2, 1, 1, 2)),
     ((8, 0), (99, 9), _FP8 + _DS_MLA, _ANY_ROWS, (16, 32, 4, 2, 2, 1, 2)),
 )
-HOPPER_KERNELS = ("swapab", "pair", "pair_native", "twowg")
+# Sparse attention, where a program has the heads of one query token. Tile sizes and warps as measured for the dense
+# kernel; narrower groups of columns, so that a thread computes fewer of the gathered rows' addresses: by the compiler's
+# report 16 rows of bf16 take 154 registers and 692 instructions a tile in 8 groups, 244 and 1352 in one. Not timed.
+_SPARSE_TABLE = (
+    # capability from, to | caches | most heads | as above | groups of columns
+    ((9, 0), (9, 0), _SIXTEEN_BIT, 16, (16, 64, 4, 2, 2, 1, 1), 8),
+    ((9, 0), (9, 0), _SIXTEEN_BIT, 32, (32, 64, 4, 2, 2, 1, 1), 8),
+    ((9, 0), (9, 0), _SIXTEEN_BIT, MAX_H_Q, (64, 64, 8, 2, 1, 1, 1), 4),
+    ((9, 0), (9, 0), _FP8, 16, (16, 64, 4, 2, 2, 1, 1), 8),
+    ((9, 0), (9, 0), _FP8, 32, (32, 64, 4, 2, 2, 1, 1), 4),  # ptxas gives up on 8 groups: 6 KiB of spills
+    ((9, 0), (9, 0), _FP8, MAX_H_Q, (64, 64, 8, 2, 1, 1, 1), 4),
+    ((9, 0), (9, 0), _DS_MLA, 16, (16, 64, 4, 2, 2, 1, 1), 4),
+    ((9, 0), (9, 0), _DS_MLA, MAX_H_Q, (32, 64, 4, 2, 2, 1, 1), 4),  # 64 rows would spill a kilobyte a thread
+    ((8, 0), (99, 9), _SIXTEEN_BIT, MAX_H_Q, (16, 32, 4, 2, 1, 1, 2), 8),
+    ((8, 0), (99, 9), _FP8 + _DS_MLA, MAX_H_Q, (16, 32, 4, 2, 2, 1, 2), 4),
+)
+HOPPER_KERNELS = ("swapab", "pair", "twowg", "twowg_e4m3")
 """Names of the CUDA kernels in hopper/."""
 _HOPPER_TABLE = (
     # caches | most rows | kernel, query rows of a block
@@ -87,7 +105,7 @@ def select_decode(
     if hopper and arch == (9, 0):
         for caches, most_rows, (kernel, block_h) in _HOPPER_TABLE:
             if cache_format in caches and rows <= most_rows:
-                kernel += "_native" if kernel == "pair" and fp8_mma else ""
+                kernel = "twowg_e4m3" if kernel == "pair" and fp8_mma else kernel
                 reason = f"compute capability 9.0, {rows} query rows a request, {cache_format} cache"
                 return DecodeConfig(kernel, block_h, _HOPPER_TILE, _HOPPER_WARPS, 0, 1, 1, 1, reason)
     return select_portable(arch, rows, cache_format)
@@ -102,3 +120,18 @@ def select_portable(arch: tuple[int, int], rows: int, cache_format: str) -> Deco
             reason = f"compute capability {arch[0]}.{arch[1]}, {rows} query rows a request, {cache_format} cache"
             return DecodeConfig("triton", *values, reason)
     raise ValueError(f"no dense decode kernel for compute capability {arch[0]}.{arch[1]} and {rows} query rows")
+
+
+def select_sparse(arch: tuple[int, int], h_q: int, cache_format: str) -> DecodeConfig:
+    """Choose the sparse attention kernel; arguments as of `select_decode`, `rows` of it is ``h_q``.
+
+    Raises:
+        ValueError: no kernel serves this call; the message says why.
+    """
+    if cache_format not in _SIXTEEN_BIT + _FP8 + _DS_MLA:
+        raise ValueError(f"sparse attention on a GPU reads bf16, fp16, fp8 and fp8_ds_mla caches, not {cache_format}")
+    for least, most, caches, most_rows, values, groups in _SPARSE_TABLE:
+        if least <= arch <= most and cache_format in caches and h_q <= most_rows:
+            reason = f"compute capability {arch[0]}.{arch[1]}, {h_q} query heads, {cache_format} cache"
+            return DecodeConfig("triton", *values, reason, groups)
+    raise ValueError(f"no sparse attention kernel for compute capability {arch[0]}.{arch[1]} and {h_q} query heads")

@@ -163,7 +163,7 @@ def test_kernels_of_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         return [kernel.split(",")[0] for kernel in report.facts["dense decode"].values()]
 
     assert named() == ["swapab", "twowg", "twowg", "swapab", "pair"]
-    assert named(FP8_MMA="1") == ["swapab", "twowg", "twowg", "swapab", "pair_native"]
+    assert named(FP8_MMA="1") == ["swapab", "twowg", "twowg", "swapab", "twowg_e4m3"]
     assert named(KERNEL="portable") == ["triton"] * 5
     refused = probe_kernels_of((9, 0), monkeypatch, loads=False)
     assert all(kernel.startswith("triton, ") for kernel in refused.facts["dense decode"].values())

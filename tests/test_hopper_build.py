@@ -97,7 +97,7 @@ def test_variant_uses_the_tensor_cores_and_the_tensor_memory_accelerator(name: s
     code = cubins.sass(name)
     assert f".text.{VARIANTS[name].entry}" in code
     # e4m3 operands have an instruction of their own
-    assert ("QGMMA" if "native" in name else "HGMMA") in code
+    assert ("QGMMA" if "e4m3" in name else "HGMMA") in code
     assert "UTMALDG" in code
 
 

@@ -45,7 +45,7 @@ def test_every_shape_gets_a_kernel_that_is_compiled(cache_format, fp8_mma):
         config = select.select_decode(HOPPER, rows, cache_format, hopper=True, fp8_mma=fp8_mma)
         assert config.kernel in select.HOPPER_KERNELS
         assert hopper.variant_of(config, cache_format, rows) in VARIANTS
-        assert (config.kernel == "pair_native") == (fp8_mma and cache_format == "fp8" and rows > 32)
+        assert (config.kernel == "twowg_e4m3") == (fp8_mma and cache_format == "fp8" and rows > 32)
         if rows <= 8 * len(swapab_rows(cache_format)):
             assert config.kernel == "swapab" and rows <= config.block_h < rows + 8, "one block, no row wasted"
         if cache_format == "fp8_ds_mla":

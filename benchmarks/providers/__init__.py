@@ -8,7 +8,7 @@ from benchmarks.providers.base import Unsupported as Unsupported
 from benchmarks.providers.fa3 import FlashAttention3, FlashAttention3Schedule, FlashAttention3Splits32
 from benchmarks.providers.flashinfer_fa3 import FlashInfer
 from benchmarks.providers.flashmla import FlashMLA, FlashMLASchedule, SglFlashMLA
-from benchmarks.providers.fusedmla import FusedMLA, FusedMLANoSchedule
+from benchmarks.providers.fusedmla import FusedMLA, FusedMLAFp8Mma, FusedMLANoSchedule
 from benchmarks.providers.fusedmla import FusedMLAPortable as FusedMLAPortable
 from benchmarks.providers.reference import Reference
 from benchmarks.providers.triton_mla import TritonMLA
@@ -19,6 +19,7 @@ ALL: dict[str, type[Provider]] = {
         FusedMLA,
         FusedMLANoSchedule,
         FusedMLAPortable,
+        FusedMLAFp8Mma,
         FlashMLA,
         FlashMLASchedule,
         SglFlashMLA,

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.cases import D_V
 from benchmarks.inputs import Inputs
-from benchmarks.providers.base import Prepared, Provider, Unavailable
+from benchmarks.providers.base import Prepared, Provider, Unavailable, Unsupported
 
 if TYPE_CHECKING:
     from vllm_fusedmla.kernels.plan import DecodePlan
@@ -94,3 +94,17 @@ class FusedMLAPortable(FusedMLA):
         rows = x.case.s_q * x.case.h_q
         arch, num_sms = device_facts(x.q.device)
         return self._plan.make_plan(select_portable(arch, rows, x.dtype), rows, num_sms, False)
+
+
+class FusedMLAFp8Mma(FusedMLA):
+    """The kernel of VLLM_FUSEDMLA_FP8_MMA=1, which rounds query and weights to e4m3 as FlashMLA's fp8 kernel does."""
+
+    name = "fusedmla-fp8mma"
+    dtypes = ("fp8",)
+    strict = False  # held to what FlashMLA is held to
+
+    def plan_for(self, x: Inputs) -> "DecodePlan":
+        plan = self._plan.decode_plan(x.case.s_q, x.case.h_q, x.dtype, x.q.device, fp8_mma=True)
+        if plan == super().plan_for(x):
+            raise Unsupported("the same kernel as fusedmla's")
+        return plan

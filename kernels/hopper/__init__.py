@@ -74,9 +74,10 @@ def variant_of(config: Any, cache_format: str, rows: int) -> str:
     """Name of the compiled kernel for a `DecodeConfig` of this folder's kernels and `rows` query rows a request."""
     if config.kernel == "swapab":
         return variants.swapab_name(cache_format, config.block_h)
-    if config.kernel == "twowg":
-        return variants.twowg_name(cache_format, cluster(config, rows))
-    return variants.pair_name(config.kernel == "pair_native")
+    if config.kernel.startswith("twowg"):
+        operands = "e4m3" if config.kernel == "twowg_e4m3" else cache_format
+        return variants.twowg_name(operands, cluster(config, rows))
+    return variants.PAIR_NAME
 
 
 def row_blocks(config: Any, rows: int) -> int:
@@ -87,7 +88,7 @@ def row_blocks(config: Any, rows: int) -> int:
 
 def cluster(config: Any, rows: int) -> int:
     """CTAs that share the copies of a tile."""
-    return 2 if config.kernel == "twowg" and rows > config.block_h else 1
+    return 2 if config.kernel.startswith("twowg") and rows > config.block_h else 1
 
 
 def max_slots(params: ScheduleParams, b: int) -> int:

@@ -37,16 +37,20 @@ def tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
     return latent, part(layout.DS_MLA_ROPE_OFFSET, 2 * layout.D_ROPE, 128), part(layout.DS_MLA_SCALES_OFFSET, scales, 0)
 
 
-def twowg_tensor_maps(cache: torch.Tensor) -> tuple[bytes, ...]:
-    """Descriptors of a 16-bit paged cache for the twowg kernel, which copies quarters of a tile: latent, rope part."""
+def twowg_tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
+    """Descriptors of a paged cache for the twowg kernel, which copies quarters of a tile: latent, rope part."""
     pages, page_size = cache.shape[:2]
-    page = cache.stride(0) * cache.element_size()
+    size, start = cache.element_size(), cache.data_ptr()
+    row, page = layout.row_bytes(name), cache.stride(0) * size
     groups = min(64, page_size & -page_size) // _GROUP  # that a copy takes from a page
-    row = layout.row_bytes(layout.cache_format(cache))
-    shape = (64, _GROUP, layout.D_QK // 64, page_size // _GROUP, pages)
-    strides = (row, 128, _GROUP * row, page)
-    boxes = [(64, _GROUP, blocks, groups, 1) for blocks in (2, 1)]
-    return tuple(launch.tensor_map(cache.data_ptr(), 2, shape, strides, box, 128) for box in boxes)
+
+    def blocks(offset: int, width: int, count: int, copied: int) -> bytes:
+        shape, box = (width, _GROUP, count, page_size // _GROUP, pages), (width, _GROUP, copied, groups, 1)
+        return launch.tensor_map(start + offset, size, shape, (row, 128, _GROUP * row, page), box, width * size)
+
+    if name == "fp8":
+        return blocks(0, 128, layout.D_V // 128, 1), blocks(layout.D_V, layout.D_ROPE, 1, 1)
+    return tuple(blocks(0, 64, layout.D_QK // 64, copied) for copied in (2, 1))
 
 
 def decode(
@@ -69,7 +73,7 @@ def decode(
     params, config, rows = plan.params, plan.config, s_q * h_q
     name = layout.cache_format(cache)
     blocks, cluster = row_blocks(config, rows), cluster_size(config, rows)
-    maps = twowg_tensor_maps(cache) if config.kernel == "twowg" else tensor_maps(cache, name)
+    maps = twowg_tensor_maps(cache, name) if config.kernel.startswith("twowg") else tensor_maps(cache, name)
     p = Params()
     for field, encoded in zip(("latent", "rope", "scales"), maps, strict=False):
         ctypes.memmove(getattr(p, field), encoded, 128)

@@ -3,20 +3,19 @@
 //
 // Tokens take wgmma's M side and query rows its N side, as in swapab.cu, but 64 rows of results do not fit the registers
 // of one warpgroup. So two work on a pair of tiles: each makes the weights of its own tile, under maxima of both, and
-// multiplies the weights of both by its own half of the columns of V.
-//
-// FUSEDMLA_NATIVE 0: bytes are widened to fp16 on the way to the tensor cores, nothing is rounded but P. 1: query and
-// weights are rounded to e4m3 and multiplied in e4m3, at twice the rate. Compiled for each, with FUSEDMLA_ENTRY.
+// multiplies the weights of both by its own half of the columns of V. Bytes are widened to fp16 on the way to the tensor
+// cores, nothing is rounded but P; twowg.cu has a kernel that multiplies in e4m3.
 
-#include "pair_native.cuh"
+#include "pair_plan.cuh"
+#include "swapab_query.cuh"
+#include "swapab_tile.cuh"
 
 namespace {
 
 constexpr Format FORMAT = Format::kFp8;
-constexpr bool NATIVE = FUSEDMLA_NATIVE;
 using Element = fp16;
 constexpr int N = 64;
-using Layout = PairPlan<NATIVE>;
+using Layout = PairPlan;
 
 }  // namespace
 
@@ -37,12 +36,8 @@ __device__ inline float* tops_of(const Shared& shared, int pair) {
 // Scores of a tile in base 2, masked.
 __device__ inline void score_tile(const Params& p, const Shared& shared, int stage, int tokens, float (&s)[N / 2]) {
     const uint32_t tile = shared.tile(stage), query = shared.address + Layout::kQuery;
-    if constexpr (NATIVE) {
-        scores_native(s, tile, tile + Layout::kRopeOffset, query);
-    } else {
-        scores_8bit<N, 0, 16, false>(s, tile, query, false);
-        scores_8bit<N, 0, 2, true>(s, tile + Layout::kRopeOffset, query, true);
-    }
+    scores_8bit<N, 0, 16, false>(s, tile, query, false);
+    scores_8bit<N, 0, 2, true>(s, tile + Layout::kRopeOffset, query, true);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
         const float scale = shared.row_scale()[column_of(c)];
@@ -95,16 +90,12 @@ __device__ inline void weigh_tile(const Shared& shared, int pair, float (&s)[N /
 __device__ inline void put_weights(const Shared& shared, const float (&w)[N / 2]) {
     const int lane = threadIdx.x % kWarp, warpgroup = threadIdx.x / kWarpgroup;
     const uint32_t to = Layout::kWeights + warpgroup * Layout::kWeightBytes;
-    if constexpr (NATIVE) {
-        put_weights_native(shared.base + to, w);
-    } else {
-        const int unit = threadIdx.x / kWarp % 4 * 2 + lane / 8 % 2;
+    const int unit = threadIdx.x / kWarp % 4 * 2 + lane / 8 % 2;
 #pragma unroll
-        for (int i = 0; i < N / 8; ++i) {
-            const int row = i * 8 + lane % 8;
-            stmatrix_x2_trans(shared.address + to + row * 128 + ((unit ^ (row & 7)) << 4),
-                              pack_16bit(w[4 * i], w[4 * i + 1], true), pack_16bit(w[4 * i + 2], w[4 * i + 3], true));
-        }
+    for (int i = 0; i < N / 8; ++i) {
+        const int row = i * 8 + lane % 8;
+        stmatrix_x2_trans(shared.address + to + row * 128 + ((unit ^ (row & 7)) << 4),
+                          pack_16bit(w[4 * i], w[4 * i + 1], true), pack_16bit(w[4 * i + 2], w[4 * i + 3], true));
     }
     fence_proxy_async();
 }
@@ -134,10 +125,7 @@ __device__ void attend_pair(const Params& p, const Shared& shared, Ring<Layout::
         mbarrier_wait(shared.full(ring.stage()), ring.phase());  // long complete
         const uint32_t values = shared.tile(ring.stage()) + warpgroup * 2 * kBlock;
         const uint32_t weights = shared.address + Layout::kWeights + i * Layout::kWeightBytes;
-        if constexpr (NATIVE)
-            accumulate_native(state.o, values, weights);
-        else
-            accumulate_8bit<N, 4, 0>(state.o, values, weights);
+        accumulate_8bit<N, 4, 0>(state.o, values, weights);
         mbarrier_arrive(shared.empty(ring.stage()));
         ring.advance();
     }
@@ -188,10 +176,7 @@ __device__ void finish_item(const Params& p, const Shared& shared, const Item& i
 
 __device__ void attend(const Params& p, const Shared& shared, Ring<Layout::kStages>& ring, const Item& item) {
     uint8_t* query = shared.base + Layout::kQuery;
-    if constexpr (NATIVE)
-        load_query_native(p, query, shared.row_scale(), p.scale_log2 * k_scale_of(p), item.request, first_row_of_block());
-    else
-        load_query_8bit<N, false>(p, query, shared.row_scale(), p.scale_log2 * k_scale_of(p), item.request, first_row_of_block());
+    load_query_8bit<N, false>(p, query, shared.row_scale(), p.scale_log2 * k_scale_of(p), item.request, first_row_of_block());
     fence_proxy_async();
     State state;
 #pragma unroll
@@ -203,7 +188,7 @@ __device__ void attend(const Params& p, const Shared& shared, Ring<Layout::kStag
         for (int i = 0; i < N / 2; ++i) state.o[block][i] = 0.f;
     named_barrier_sync(kAllConsumers, kConsumers);
     for (int tile = item.tile_begin; tile < item.tile_end; tile += 2) attend_pair(p, shared, ring, tile, item, state);
-    finish_item(p, shared, item, NATIVE ? k_scale_of(p) / kWeightScale : k_scale_of(p), state);
+    finish_item(p, shared, item, k_scale_of(p), state);
 }
 
 }  // namespace

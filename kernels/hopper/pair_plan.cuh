@@ -4,16 +4,14 @@
 
 #include "swapab_plan.cuh"
 
-template <bool NATIVE>  // e4m3 operands; otherwise fp16
 struct PairPlan : Plan<Format::kFp8, 32> {  // what belongs to the cache's format is the same
     static constexpr int kRows = 64;
-    static constexpr int kStages = NATIVE ? 4 : 3;
+    static constexpr int kStages = 3;
     static constexpr int kReleases = kConsumers;
     static constexpr int kResultBytes = 2 * kRows * kResultPitch;
     static constexpr int kQueryBlock = kRows * 128;
-    static constexpr int kQueryOperand = NATIVE ? 4 * kQueryBlock + kRows * 64 : 9 * kQueryBlock;
-    static constexpr int kQueryBytes = kQueryOperand > kResultBytes ? kQueryOperand : kResultBytes;
-    static constexpr int kWeightBytes = kRows * kTile * (NATIVE ? 1 : 2);
+    static constexpr int kQueryBytes = 9 * kQueryBlock > kResultBytes ? 9 * kQueryBlock : kResultBytes;
+    static constexpr int kWeightBytes = kRows * kTile * 2;
 
     static constexpr int kQuery = kStages * kStageBytes;
     static constexpr int kWeights = kQuery + kQueryBytes;

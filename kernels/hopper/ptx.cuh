@@ -88,6 +88,12 @@ __device__ inline uint32_t cluster_cta_rank() {
 __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// threadIdx.x, read where it is used, so that nothing made of it is kept in registers meanwhile.
+__device__ inline unsigned thread_anew() {
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
 // Programmatic dependent launch: the next kernel in the stream may start / everything before this kernel is visible.
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

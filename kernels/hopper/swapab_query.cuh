@@ -2,21 +2,8 @@
 // The query of a block of rows into shared memory, as wgmma's K-major operand: nine blocks of N rows x 64 elements.
 #pragma once
 
+#include "query.cuh"
 #include "swapab_plan.cuh"
-
-struct QueryRow {
-    const uint4* nope;  // null past the last row
-    const uint4* rope;
-};
-
-__device__ inline QueryRow query_row(const Params& p, int request, int row) {
-    if (row >= p.s_q * p.h_q) return {nullptr, nullptr};
-    const int token = divide(row, p.h_q), head = row - token * p.h_q;
-    const Strides &n = p.q_nope_stride, &r = p.q_rope_stride;
-    const auto* nope = static_cast<const uint16_t*>(p.q_nope) + request * n.b + token * n.s + head * n.h;
-    const auto* rope = static_cast<const uint16_t*>(p.q_rope) + request * r.b + token * r.s + head * r.h;
-    return {reinterpret_cast<const uint4*>(nope), reinterpret_cast<const uint4*>(rope)};
-}
 
 // `unit` counts 16 bytes along a row.
 template <int N>
@@ -43,25 +30,6 @@ __device__ inline void load_query_16bit(const Params& p, uint8_t* query, int req
         put_unit<N>(query, warp + i * 8, lane + kWarp, bits[i][1]);
         if (lane < 8) put_unit<N>(query, warp + i * 8, 64 + lane, bits[i][2]);
     }
-}
-
-__device__ inline void unpack(uint4 bits, bool is_fp16, float (&values)[8]) {
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (is_fp16) {
-            const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-            values[2 * i] = pair.x, values[2 * i + 1] = pair.y;
-        } else {  // bfloat16 is the upper half of a float
-            values[2 * i] = __uint_as_float(words[i] << 16), values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
-        }
-    }
-}
-
-__device__ inline float largest(const float (&a)[8], float so_far) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) so_far = fmaxf(so_far, fabsf(a[i]));
-    return so_far;
 }
 
 // Sixteen elements as fp16: first the first two of every four, then the other two; see widen_steps.

@@ -21,8 +21,6 @@
 #include "twowg_multiply.cuh"
 #include "twowg_score.cuh"
 
-using Element = FUSEDMLA_TYPE;
-
 extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const __grid_constant__ Params p) {
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (threadIdx.x == 3 * kWarpgroup) {
@@ -37,18 +35,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
     launch_dependents();
     wait_for_predecessor();
     if (warpgroup == 0) {
-        raise_registers<kScorerRegisters>();
-        Scorer<Element>(p).run();
+        if constexpr (kScorerRegisters < kLaunchRegisters)
+            lower_registers<kScorerRegisters>();
+        else
+            raise_registers<kScorerRegisters>();
+        Scorer(p).run();
     } else if (warpgroup < 3) {
         raise_registers<kMultiplierRegisters>();
-        Ring<kTaskSlots> tasks;
-        if (warpgroup == 1) {
-            if (multiplier_thread() < kWarp) Feeder(p).save();
-            Multiplier<Element, 0>(p).run(tasks);
-        } else {
-            Multiplier<Element, 1>(p).run(tasks);
-        }
-        merge_split<Element>(p, tasks);
+        if (multiplier_thread() < kWarp) Feeder(p).save();
+        Multiplier<Element>(p).run();
+        merge_split(p);
     } else {
         lower_registers<kCopierRegisters>();
         if (threadIdx.x < 3 * kWarpgroup + kWarp) Copier(p).run();

@@ -2,7 +2,8 @@
 // The copying warp of the 64-row kernel: keeps the ring of tiles full.
 #pragma once
 
-#include "twowg_plan.cuh"
+#include "query.cuh"
+#include "twowg_tasks.cuh"
 
 // Five dimensions: 64 columns, 8 tokens, 9 blocks of columns, groups of 8 tokens of a page, pages.
 __device__ inline void tma_load_5d(
@@ -29,58 +30,98 @@ __device__ inline void tma_prefetch_5d(const TensorMap* map, int x, int y, int z
         : "memory");
 }
 
+__device__ inline void prefetch_bulk(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+__device__ inline void bulk_load(uint32_t smem, const void* from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 class Copier {
   public:
     __device__ explicit Copier(const Params& p) : p_(p) {}
 
     __device__ void run() {
-        Ring<kTaskSlots> tasks;
-        for (;; tasks.advance()) {
-            mbarrier_wait(Shared::task_full(tasks.at()), tasks.phase());
-            const Task& task = Shared::task(tasks.at());
-            if (task.step == Step::kEnd) break;
-            if (task.step == Step::kAttend) copy_item(task.item);
-            __syncwarp();
-            warp_arrive(Shared::task_empty(tasks.at()));
-        }
+        Tasks::begin();
+        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done())
+            if (step == Step::kAttend) copy_item(Tasks::item());
     }
 
   private:
-    // The tiles of an item, one box a lane. Two CTAs of a cluster take turns at the quarters of a tile, and at the rope
+    // The spans of an item, one box a lane. Two CTAs of a cluster take turns at the quarters of a tile, and at the rope
     // blocks, and copy to both. They follow the same schedule, so each knows how many bytes arrive from either.
     __device__ void copy_item(const Item& item) {
         const int lane = threadIdx.x % kWarp;
-        const int boxes = kTile / box_tokens();  // of a tile
-        const int ahead = kWarp / boxes;         // tiles whose pages the warp looks up at once
-        for (int first = item.tile_begin; first < item.tile_end; first += ahead) {
-            const int mine = first + lane / boxes, token = mine * kTile + lane % boxes * box_tokens();
+        if (kE4m3)
+            copy_query(item.request);
+        else
+            prefetch_query(item.request);
+        const int boxes = kSpan / box_tokens();  // of a span
+        const int ahead = kWarp / boxes;         // spans whose pages the warp looks up at once
+        const int end = min(item.seq_len, item.tile_end * kTile);
+        for (int first = item.tile_begin * kTile; first < end; first += ahead * kSpan) {
+            const int mine = first + lane / boxes * kSpan, token = mine + lane % boxes * box_tokens();
             const int entry = divide(token, p_.page_size), group = (token - entry * p_.page_size) / 8;
-            const bool live = mine < item.tile_end && token < item.seq_len;
+            const bool live = token < end;
             const int page = live ? p_.block_table[item.request * p_.table_stride + entry] : 0;
-            for (int tile = first; tile < min(first + ahead, item.tile_end); ++tile)
-                copy_tile(item.seq_len - tile * kTile, live && mine == tile, page, group);
+            for (int span = first; span < min(first + ahead * kSpan, end); span += kSpan)
+                copy_span(end - span, live && mine == span, page, group);
         }
     }
 
+    // Into L2, where the scorer will look for it some spans later.
+    __device__ void prefetch_query(int request) const {
+#pragma unroll 1
+        for (int i = threadIdx.x % kWarp; i < kRows; i += kWarp) {
+            const QueryRow row = query_row(p_, request, blockIdx.x * kRows + i);
+            if (row.nope == nullptr) continue;
+            prefetch_bulk(row.nope, kLatent * 2);
+            prefetch_bulk(row.rope, kRope * 2);
+        }
+    }
+
+    // Into the ring, for the scorer to round: its rows fill a span's slots, 16 rows a quarter.
+    __device__ void copy_query(int request) {
+        const int lane = threadIdx.x % kWarp, row0 = blockIdx.x * kRows, rows = min(p_.s_q * p_.h_q - row0, kRows);
+#pragma unroll 1
+        for (int quarter = 0; quarter < 4; ++quarter) {
+            const int live = max(min(rows - quarter * 16, 16), 0);
+            const uint32_t full = Shared::quarter_full(quarters_.at());
+            open(Shared::quarter_empty(quarters_.at()), full, quarters_.phase(), live * kLatent * 2);
+            if (lane < live)
+                bulk_load(Shared::quarter(quarters_.at()) + lane * kLatent * 2,
+                          query_row(p_, request, row0 + quarter * 16 + lane).nope, kLatent * 2, full);
+            quarters_.advance();
+        }
+        const uint32_t full = Shared::rope_full(rope_.at());
+        open(Shared::rope_empty(rope_.at()), full, rope_.phase(), max(rows, 0) * kRope * 2);
+        for (int i = lane; i < rows; i += kWarp)
+            bulk_load(Shared::rope(rope_.at()) + i * kRope * 2, query_row(p_, request, row0 + i).rope, kRope * 2, full);
+        rope_.advance();
+    }
+
     // `mine`: this lane copies its box, which begins with a group of 8 tokens of a page.
-    __device__ void copy_tile(int tokens, bool mine, int page, int group) {
-        const int box = threadIdx.x % kWarp % (kTile / box_tokens()) * box_tokens();
-        const int copied = (min(tokens, kTile) + box_tokens() - 1) & -box_tokens();
+    __device__ void copy_span(int tokens, bool mine, int page, int group) {
+        const int box = threadIdx.x % kWarp % (kSpan / box_tokens()) * box_tokens();
+        const int copied = (min(tokens, kSpan) + box_tokens() - 1) & -box_tokens();
         if (FUSEDMLA_PREFETCH && mine) {  // into L2 what has to wait longest for a slot
-            if (is_mine(3)) tma_prefetch_5d(&p_.latent, 0, 0, 6, group, page, policy());
-            if (is_mine(rope_.phase())) tma_prefetch_5d(&p_.rope, 0, 0, 8, group, page, policy());
+            if (is_mine(3)) tma_prefetch_5d(&p_.latent, 0, 0, 3 * kElementBytes, group, page, policy());
+            if (is_mine(rope_.at() + rope_.phase())) tma_prefetch_5d(&p_.rope, 0, 0, kRopeBlock, group, page, policy());
         }
 #pragma unroll 1
         for (int quarter = 0; quarter < 4; ++quarter) {
             const uint32_t full = Shared::quarter_full(quarters_.at());
-            open(Shared::quarter_empty(quarters_.at()), full, quarters_.phase(), copied * 256);
+            open(Shared::quarter_empty(quarters_.at()), full, quarters_.phase(), copied * (kQuarterBytes / kSpan));
             if (mine && is_mine(quarter))
-                load(Shared::quarter(quarters_.at()) + box * 256, &p_.latent, full, quarter * 2, group, page);
+                load(Shared::quarter(quarters_.at()) + box * (kQuarterBytes / kSpan), &p_.latent, full, quarter * kElementBytes, group, page);
             quarters_.advance();
         }
-        const uint32_t full = Shared::rope_full();
-        open(Shared::rope_empty(), full, rope_.phase(), copied * 128);
-        if (mine && is_mine(rope_.phase())) load(Shared::rope() + box * 128, &p_.rope, full, 8, group, page);
+        const uint32_t full = Shared::rope_full(rope_.at());
+        open(Shared::rope_empty(rope_.at()), full, rope_.phase(), copied * (kRopeBytes / kSpan));
+        if (mine && is_mine(rope_.at() + rope_.phase())) load(Shared::rope(rope_.at()) + box * (kRopeBytes / kSpan), &p_.rope, full, kRopeBlock, group, page);
         rope_.advance();
     }
 
@@ -108,5 +149,6 @@ class Copier {
 
     const Params& p_;
     Ring<kQuarterSlots> quarters_;
-    Ring<1> rope_;
+    static constexpr int kRopeBlock = kE4m3 ? 0 : 8;  // of 128 bytes, where its map begins
+    Ring<kRopeSlots> rope_;
 };

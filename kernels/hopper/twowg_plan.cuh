@@ -2,6 +2,8 @@
 // Shared memory, barriers and tuning of the 64-row kernel: what lies where, who fills it, who empties it.
 #pragma once
 
+#include <type_traits>
+
 #include "splitkv.cuh"
 
 // ---- tuning; every default is a guess until measured ----
@@ -14,41 +16,54 @@
 #define FUSEDMLA_EARLY_B 0
 #endif
 #ifndef FUSEDMLA_LAZY  // the reference maximum moves only if a score exceeds it by more (base 2); 0: whenever it can
-#define FUSEDMLA_LAZY 8
+#define FUSEDMLA_LAZY (kE4m3 ? 1 : 8)
 #endif
 #ifndef FUSEDMLA_QUARTERS  // slots of the ring; four are a tile
-#define FUSEDMLA_QUARTERS 11
+#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : 11)
 #endif
 #ifndef FUSEDMLA_PREFETCH  // 1: copies that have to wait for a slot are brought into L2 meanwhile
-#define FUSEDMLA_PREFETCH 1
+#define FUSEDMLA_PREFETCH (!kE4m3)
 #endif
 #ifndef FUSEDMLA_QUERY_QUARTERS  // of the query's four latent quarters, those in registers; the others in shared memory
-#define FUSEDMLA_QUERY_QUARTERS 3
+#define FUSEDMLA_QUERY_QUARTERS (kE4m3 ? 0 : 3)
 #endif
 #ifndef FUSEDMLA_SCORER_REGISTERS  // with the copier's and twice the multipliers' 512
-#define FUSEDMLA_SCORER_REGISTERS 160
+#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : 160)
+#endif
+#ifndef FUSEDMLA_MULTIPLIER_REGISTERS
+#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : 160)
 #endif
 #ifndef FUSEDMLA_COPIER_REGISTERS
 #define FUSEDMLA_COPIER_REGISTERS 32
 #endif
 
+struct e4m3 {};
+using Element = FUSEDMLA_TYPE;  // of the operands, and of the cache
+constexpr bool kE4m3 = std::is_same_v<Element, e4m3>;
+constexpr int kElementBytes = kE4m3 ? 1 : 2;
+constexpr int kSpan = kE4m3 ? 2 * kTile : kTile;  // tokens that are scored and multiplied at a time
+
 constexpr int kRows = 64;                 // query rows of a CTA
 constexpr int kThreads = 4 * kWarpgroup;  // scores, O[:, :256], O[:, 256:], copies
 constexpr int kMultipliers = 2 * kWarpgroup;
+constexpr int kLaunchRegisters = 65536 / kThreads;
 // Registers of a thread; 128 while the kernel starts. ptxas puts accumulators behind 24 others, so a multiplier needs
 // 152 and some.
 constexpr int kScorerRegisters = FUSEDMLA_SCORER_REGISTERS, kCopierRegisters = FUSEDMLA_COPIER_REGISTERS;
-constexpr int kMultiplierRegisters = 160;
+constexpr int kMultiplierRegisters = FUSEDMLA_MULTIPLIER_REGISTERS;
 static_assert(kScorerRegisters + 2 * kMultiplierRegisters + kCopierRegisters <= 512);
+
+constexpr int kScores = kRows * kSpan / kWarpgroup;  // of a scoring thread
 
 constexpr int kCluster = FUSEDMLA_CLUSTER;
 constexpr int kQuarterSlots = FUSEDMLA_QUARTERS, kMessageSlots = 2, kTaskSlots = 8;
+constexpr int kRopeSlots = kE4m3 ? 2 : 1;
 constexpr int kTasksAhead = 4;  // of the one that the first multiplier works on
 constexpr int kQueryQuarters = FUSEDMLA_QUERY_QUARTERS;
 constexpr int kAtomBytes = 8 * 128;             // 8 tokens (or rows) x 64 columns in the 128-byte swizzle
-constexpr int kBlockBytes = 8 * kAtomBytes;     // 64 tokens x 64 columns
-constexpr int kGroupBytes = 2 * kAtomBytes;     // 8 tokens x 128 columns
-constexpr int kQuarterBytes = 8 * kGroupBytes;  // 64 tokens x 128 of the 512 latent columns, group by group
+constexpr int kBlockBytes = 8 * kAtomBytes;     // 64 rows x 128 bytes
+constexpr int kGroupBytes = kElementBytes * kAtomBytes;    // 8 tokens x 128 columns
+constexpr int kQuarterBytes = kSpan / 8 * kGroupBytes;  // a span x 128 of the 512 latent columns, group by group
 
 // What the first multiplier hands to all warps.
 enum class Step { kAttend, kMerge, kEnd };
@@ -60,16 +75,21 @@ struct Task {
 // Named barriers; 0 is __syncthreads.
 constexpr int kMultipliersBarrier = 1, kScorerBarrier = 2;
 
+constexpr int kRopeBytes = kSpan * kRope * kElementBytes;
+constexpr int kQueryQuarterBytes = kRows * 128 * kElementBytes;
 constexpr int kRopeAt = kQuarterSlots * kQuarterBytes;
-constexpr int kQueryAt = kRopeAt + kBlockBytes;  // the quarters that are not in registers, then rope
-constexpr int kWeightsAt = kQueryAt + (2 * (4 - kQueryQuarters) + 1) * kBlockBytes;
-constexpr int kWeightBytes = kRows * kTile * 2;
+constexpr int kQueryAt = kRopeAt + kRopeSlots * kRopeBytes;  // the quarters that are not in registers, then rope
+constexpr int kWeightsAt = kQueryAt + (4 - kQueryQuarters) * kQueryQuarterBytes + kRows * kRope * kElementBytes;
+constexpr int kWeightBytes = kRows * kSpan * kElementBytes;
 constexpr int kFactorsAt = kWeightsAt + kMessageSlots * kWeightBytes;
 constexpr int kFactorBytes = kRows * 4;
-constexpr int kTasksAt = kFactorsAt + kMessageSlots * kFactorBytes;
+constexpr int kChangesAt = kFactorsAt + kMessageSlots * kFactorBytes;
+constexpr int kRowScalesAt = kChangesAt + kMessageSlots * 16;
+constexpr int kTasksAt = kRowScalesAt + kRows * 4;
 constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 96;
-constexpr int kBarriersAt = kFeederAt + kFeederBytes;
-constexpr int kBarriers = 2 * (kQuarterSlots + 1 + kTaskSlots) + 3 * kMessageSlots;
+constexpr int kRestingAt = kFeederAt + kFeederBytes;
+constexpr int kBarriersAt = kRestingAt + kThreads / kWarp * 4;
+constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 1;
 constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;
 static_assert(kSharedBytes <= 227 * 1024);
 static_assert(kFeederAt % 8 == 0 && kBarriersAt % 8 == 0);
@@ -110,19 +130,28 @@ extern __shared__ __align__(1024) uint8_t shared_memory[];
 
 struct Shared {
     static __device__ uint32_t quarter(int slot) { return smem_address(shared_memory) + slot * kQuarterBytes; }
-    static __device__ uint32_t rope() { return smem_address(shared_memory) + kRopeAt; }
+    static __device__ uint32_t rope(int slot) { return smem_address(shared_memory) + kRopeAt + slot * kRopeBytes; }
     static __device__ uint32_t query() { return smem_address(shared_memory) + kQueryAt; }
     // P as the A operand of its four steps, lane by lane: a scorer's registers are what a multiplier needs in its own.
     static __device__ uint4& weights(int slot, int step) {
-        const int lane = step * kWarpgroup + threadIdx.x % kWarpgroup;
+        const int lane = step * kWarpgroup + thread_anew() % kWarpgroup;
         return reinterpret_cast<uint4*>(shared_memory + kWeightsAt + slot * kWeightBytes)[lane];
+    }
+    static __device__ float* all_factors(int slot) {
+        return reinterpret_cast<float*>(shared_memory + kFactorsAt + slot * kFactorBytes);
     }
     // Of this lane's two rows the first; the second's are 8 further.
     static __device__ float* factors(int slot) {
-        const int row = threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
-        return reinterpret_cast<float*>(shared_memory + kFactorsAt + slot * kFactorBytes) + row;
+        return all_factors(slot) + threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
     }
+    // Whether the factors of each scoring warp's rows are other than 1.
+    static __device__ int* changes(int slot) { return reinterpret_cast<int*>(shared_memory + kChangesAt) + slot * 4; }
+    static __device__ float* row_scales() { return reinterpret_cast<float*>(shared_memory + kRowScalesAt); }
+    static __device__ uint8_t* weight_rows(int slot) { return shared_memory + kWeightsAt + slot * kWeightBytes; }
     static __device__ Task& task(int slot) { return reinterpret_cast<Task*>(shared_memory + kTasksAt)[slot]; }
+    static __device__ Ring<kTaskSlots>& place_in_tasks() {  // this warp's
+        return reinterpret_cast<Ring<kTaskSlots>*>(shared_memory + kRestingAt)[thread_anew() / kWarp];
+    }
     static __device__ float* scratch() { return reinterpret_cast<float*>(shared_memory + kQueryAt); }
 
     static __device__ uint32_t quarter_full(int slot) { return barrier(slot); }
@@ -132,8 +161,9 @@ struct Shared {
     static __device__ uint32_t message_full(int slot) { return barrier(kOthers + slot); }
     static __device__ uint32_t message_empty(int slot) { return barrier(kOthers + kMessageSlots + slot); }
     static __device__ uint32_t go(int slot) { return barrier(kOthers + 2 * kMessageSlots + slot); }
-    static __device__ uint32_t rope_full() { return barrier(kOthers + 3 * kMessageSlots); }
-    static __device__ uint32_t rope_empty() { return barrier(kOthers + 3 * kMessageSlots + 1); }
+    static __device__ uint32_t rope_full(int slot) { return barrier(kOthers + 3 * kMessageSlots + slot); }
+    static __device__ uint32_t rope_empty(int slot) { return rope_full(kRopeSlots + slot); }
+    static __device__ uint32_t query_full() { return rope_full(2 * kRopeSlots); }
 
     static __device__ void init_barriers() {
         constexpr int kScorerWarps = 4, kMultiplierWarps = 8;
@@ -141,8 +171,11 @@ struct Shared {
             mbarrier_init(quarter_full(i), 1);
             mbarrier_init(quarter_empty(i), 4 * kCluster);  // every CTA's, for copies go to all
         }
-        mbarrier_init(rope_full(), 1);
-        mbarrier_init(rope_empty(), kScorerWarps * kCluster);
+        for (int i = 0; i < kRopeSlots; ++i) {
+            mbarrier_init(rope_full(i), 1);
+            mbarrier_init(rope_empty(i), kScorerWarps * kCluster);
+        }
+        mbarrier_init(query_full(), kMultiplierWarps);
         for (int i = 0; i < kTaskSlots; ++i) {
             mbarrier_init(task_full(i), 1);
             mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + 1);
@@ -159,6 +192,12 @@ struct Shared {
     static constexpr int kOthers = 2 * (kQuarterSlots + kTaskSlots);
     static __device__ uint32_t barrier(int i) { return smem_address(shared_memory) + kBarriersAt + i * 8; }
 };
+
+// Of a scoring lane's two query rows the first; the second is 8 further. Worked out anew: registers are scarce.
+__device__ inline int first_row() {
+    const unsigned thread = thread_anew() % kWarpgroup;
+    return blockIdx.x * kRows + thread / kWarp * 16 + thread % kWarp / 4;
+}
 
 // One arrival of this warp, which has converged.
 __device__ inline void warp_arrive(uint32_t barrier) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Who walks the schedule in the 64-row kernel: the first multiplier's first warp, a few items ahead, between two items.
+// Who walks the schedule in the 64-row kernel, and how the others follow it: the first multiplier's first warp, a few items ahead, between two items.
 //
 // The others never have the registers for it. A multiplier has those of O between items, and time until the next item's
 // first weights. What it knows rests in shared memory meanwhile.
@@ -60,3 +60,21 @@ class Feeder {
     int due_ = 1 + kTasksAhead;
 };
 static_assert(sizeof(Feeder) <= kFeederBytes);
+
+// A warp's place in the tasks. It rests in shared memory: registers are scarce while a task is attended to.
+struct Tasks {
+    static __device__ void begin() { Shared::place_in_tasks() = {}; }
+    static __device__ Step wait() {
+        const Ring<kTaskSlots> place = Shared::place_in_tasks();
+        mbarrier_wait(Shared::task_full(place.at()), place.phase());
+        return Shared::task(place.at()).step;
+    }
+    static __device__ const Item& item() { return Shared::task(Shared::place_in_tasks().at()).item; }
+    static __device__ void done() {
+        Ring<kTaskSlots> place = Shared::place_in_tasks();
+        __syncwarp();
+        warp_arrive(Shared::task_empty(place.at()));
+        place.advance();
+        Shared::place_in_tasks() = place;
+    }
+};

@@ -63,22 +63,16 @@ def swapab_rows(cache_format: str) -> tuple[int, ...]:
     return SWAPAB_ROWS[:3] if cache_format == "fp8_ds_mla" else SWAPAB_ROWS
 
 
-def pair_name(native: bool) -> str:
-    return "pair_fp8_native" if native else "pair_fp8"
+PAIR_NAME = "pair_fp8"
 
 
-def _pair(native: bool) -> Variant:
-    name = pair_name(native)
-    return Variant(name, "pair.cu", {"FUSEDMLA_NATIVE": str(int(native)), "FUSEDMLA_ENTRY": name})
+def twowg_name(operands: str, cluster: int) -> str:
+    return f"twowg_{operands}_c{cluster}"
 
 
-def twowg_name(cache_format: str, cluster: int) -> str:
-    return f"twowg_{cache_format}_c{cluster}"
-
-
-def _twowg(cache_format: str, cluster: int) -> Variant:
-    name = twowg_name(cache_format, cluster)
-    defines = {"FUSEDMLA_TYPE": cache_format, "FUSEDMLA_CLUSTER": str(cluster), "FUSEDMLA_ENTRY": name}
+def _twowg(operands: str, cluster: int) -> Variant:
+    name = twowg_name(operands, cluster)
+    defines = {"FUSEDMLA_TYPE": operands, "FUSEDMLA_CLUSTER": str(cluster), "FUSEDMLA_ENTRY": name}
     return Variant(name, "twowg.cu", defines, max_registers=128, threads=512)
 
 
@@ -86,7 +80,7 @@ VARIANTS = {
     v.name: v
     for v in (
         *(_swapab(form, rows) for form in _FORMATS for rows in swapab_rows(form)),
-        *(_pair(native) for native in (False, True)),
-        *(_twowg(form, cluster) for form in ("bf16", "fp16") for cluster in (1, 2)),
+        Variant(PAIR_NAME, "pair.cu", {"FUSEDMLA_ENTRY": PAIR_NAME}),
+        *(_twowg(operands, cluster) for operands in ("bf16", "fp16", "e4m3") for cluster in (1, 2)),
     )
 }

@@ -160,7 +160,7 @@ class Work {
 
     // The 32 requests from `base` on: each lane's length, and where it ends on the line, counted from line_.
     __device__ void look_at(int base) {
-        const int lane = threadIdx.x % kWarp;
+        const int lane = thread_anew() % kWarp;
         base_ = base;
         taken_ = pieces_taken_ = 0;
         const bool inside = base + lane < schedule_.b;

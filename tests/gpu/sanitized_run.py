@@ -17,7 +17,8 @@ from vllm_fusedmla.kernels import dense_decode
 PORTABLE = [("portable_bf16", 16, 1, 64), ("portable_fp8", 16, 2, 64), ("portable_bf16", 40, 1, 16)]
 PORTABLE += [("portable_fp8", 64, 1, 32), ("portable_fp8_ds_mla", 16, 2, 64), ("portable_fp8_ds_mla", 40, 1, 16)]
 HOPPER = [("swapab_bf16_n16", 16, 1, 64), ("swapab_fp8_n8", 4, 2, 16), ("swapab_fp8_n32", 16, 2, 64)]
-HOPPER += [("swapab_fp8_ds_mla_n24", 40, 1, 16), ("pair_fp8", 64, 1, 32), ("pair_fp8_native", 64, 1, 64)]
+HOPPER += [("swapab_fp8_ds_mla_n24", 40, 1, 16), ("pair_fp8", 64, 1, 32)]
+HOPPER += [("twowg_e4m3_c1", 40, 1, 48), ("twowg_e4m3_c2", 128, 1, 64)]
 HOPPER += [("twowg_bf16_c1", 40, 1, 16), ("twowg_bf16_c2", 128, 1, 64)]
 
 

@@ -16,7 +16,7 @@ ONE_OF_EACH = [
     "swapab_bf16_n16",
     "swapab_fp8_ds_mla_n24",
     "pair_fp8",
-    "pair_fp8_native",
+    "twowg_e4m3_c1",
     "twowg_bf16_c1",
     "twowg_fp16_c2",
 ]
@@ -231,8 +231,17 @@ def test_fp8_mma_is_asked_for():
     exact = ops.mla_decode(*problem.arguments(), k_scale=problem.k_scale)
     forced.assert_right("pair_fp8", problem, *exact)
     rounded = ops.mla_decode(*problem.arguments(), k_scale=problem.k_scale, fp8_mma=True)
-    forced.assert_right("pair_fp8_native", problem, *rounded)
+    forced.assert_right("twowg_e4m3_c1", problem, *rounded)
     assert not torch.equal(exact[0], rounded[0])
+
+
+@pytest.mark.parametrize("cache_format", ["bf16", "fp8"])
+@pytest.mark.parametrize("sm_scale", [0.0, -0.05])
+def test_any_sm_scale(cache_format, sm_scale):
+    """The kernels here expect larger products to be larger scores; calls of another kind go to the portable one."""
+    problem = make_problem([900, 0, 77], h_q=64, cache_format=cache_format, device="cuda")
+    result = ops.mla_decode(*problem.arguments(), k_scale=problem.k_scale, sm_scale=sm_scale)
+    forced.assert_right(f"portable_{cache_format}", problem, *result, sm_scale=sm_scale)
 
 
 def test_a_cubin_that_the_driver_refuses_leaves_the_portable_kernel(monkeypatch, tmp_path, caplog):

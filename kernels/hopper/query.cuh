@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where the query's rows lie, and its 16-bit elements as numbers.
+#pragma once
+
+#include "params.cuh"
+
+struct QueryRow {
+    const uint4* nope;  // null past the last row
+    const uint4* rope;
+};
+
+__device__ inline QueryRow query_row(const Params& p, int request, int row) {
+    if (row >= p.s_q * p.h_q) return {nullptr, nullptr};
+    const int token = divide(row, p.h_q), head = row - token * p.h_q;
+    const Strides &n = p.q_nope_stride, &r = p.q_rope_stride;
+    const auto* nope = static_cast<const uint16_t*>(p.q_nope) + request * n.b + token * n.s + head * n.h;
+    const auto* rope = static_cast<const uint16_t*>(p.q_rope) + request * r.b + token * r.s + head * r.h;
+    return {reinterpret_cast<const uint4*>(nope), reinterpret_cast<const uint4*>(rope)};
+}
+
+__device__ inline void unpack(uint4 bits, bool is_fp16, float (&values)[8]) {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (is_fp16) {
+            const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+            values[2 * i] = pair.x, values[2 * i + 1] = pair.y;
+        } else {  // bfloat16 is the upper half of a float
+            values[2 * i] = __uint_as_float(words[i] << 16), values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
+        }
+    }
+}
+
+__device__ inline float largest(const float (&a)[8], float so_far) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) so_far = fmaxf(so_far, fabsf(a[i]));
+    return so_far;
+}

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// e4m3 operands in the 64-row kernel: S = Q K^T with the cache's bytes as they are and the query rounded to e4m3.
+//
+// Tensor cores keep fewer than float32's bits when they add up 8-bit products, so a tile's O is added up in fresh
+// accumulators and then added to the running ones by ordinary instructions (two-level accumulation, as in DeepSeek-V3,
+// arXiv 2412.19437, section 3.3).
+#pragma once
+
+#include "query.cuh"
+#include "twowg_plan.cuh"
+#include "twowg_wgmma.cuh"
+
+// Weights are at most 2^FUSEDMLA_LAZY; times 2^kWeightExponent they use e4m3's range.
+constexpr int kWeightExponent = kE4m3 ? 8 - FUSEDMLA_LAZY : 0;
+
+__device__ inline float k_scale_of(const Params& p) { return p.k_scale ? *p.k_scale : p.k_scale_value; }
+
+// What sums of weights times cached values are multiplied by, besides the weights' norm.
+__device__ inline float value_scale(const Params& p) { return kE4m3 ? k_scale_of(p) : 1.f; }
+
+__device__ inline bool out_is_fp16(const Params& p) { return kE4m3 ? p.q_is_fp16 : kIsFp16<Element>; }
+
+__device__ inline uint32_t pack_e4m3(float low, float high) {
+    uint16_t bits;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+// 64-byte swizzle: rows of 64 bytes, eight of them 512 bytes apart.
+__device__ inline uint64_t descriptor_64b(uint32_t units) {
+    constexpr uint64_t kSwizzle64 = uint64_t{2} << 62;
+    return kSwizzle64 | uint64_t{512 >> 4} << 32 | (1u << 16 | units);
+}
+
+// D[64, 128] (+)= A[64, 32] B[32, 128], both operands in shared memory with k contiguous.
+__device__ inline void wgmma_e4m3_128(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" FUSEDMLA_REGS64 "}, %64, %65, p, 1, 1;\n}\n"
+                 : FUSEDMLA_ACC64
+                 : "l"(a), "l"(b), "r"(int(accumulate)));
+}
+// D[64, 32] (+)= A[64, 32] B[32, 32], A in registers.
+__device__ inline void wgmma_e4m3_32(float (&d)[16], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" FUSEDMLA_REGS16
+                 "}, {%16, %17, %18, %19}, %20, p, 1, 1;\n}\n"
+                 : FUSEDMLA_ACC_16
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+}
+
+// Of eight 16-bit floats, bfloat16 or float16: magnitudes order as integers do.
+__device__ inline uint32_t largest_16bit(uint4 bits) {
+    constexpr uint32_t kMagnitudes = 0x7FFF7FFF;
+    const uint32_t most = __vmaxu2(__vmaxu2(bits.x & kMagnitudes, bits.y & kMagnitudes),
+                                   __vmaxu2(bits.z & kMagnitudes, bits.w & kMagnitudes));
+    return max(most & 0xFFFF, most >> 16);
+}
+
+// Rounding the query, which came through the ring, with each row's largest element at e4m3's largest value: by the
+// multipliers, who have the warps for it, each the rows in the quarters that are its own. A warp does eight rows.
+template <bool IS_FP16>
+__device__ inline void round_query(const Params& p, int half, int latent_slot, int rope_slot) {
+    constexpr float kLargestE4m3 = 448.f;
+    constexpr int kWarpRows = 8;
+    const unsigned thread = thread_anew(), lane = thread % kWarp, warp = thread / kWarp % 4;
+    const int row0 = half * 32 + warp * kWarpRows;
+    const uint4* latent =
+        reinterpret_cast<const uint4*>(shared_memory + latent_slot * kQuarterBytes) + warp % 2 * kWarpRows * 64 + lane;
+    // Of four rows at a time.
+    const uint4* rope = reinterpret_cast<const uint4*>(shared_memory + kRopeAt + rope_slot * kRopeBytes) + row0 * 8 + lane;
+    const int live = p.s_q * p.h_q - blockIdx.x * kRows - row0;
+    uint32_t most_bits = 0;  // of row `lane`
+#pragma unroll 1
+    for (int i = 0; i < kWarpRows; ++i) {
+        const uint32_t of_rope = lane / 8 == i % 4 ? largest_16bit(rope[i / 4 * kWarp]) : 0;
+        const uint32_t all = __reduce_max_sync(
+            ~0u, max(max(largest_16bit(latent[i * 64]), largest_16bit(latent[i * 64 + kWarp])), of_rope));
+        if (i == lane && i < live) most_bits = all;
+    }
+    const float most =
+        fmaxf(IS_FP16 ? __half2float(__ushort_as_half(most_bits)) : __uint_as_float(most_bits << 16), 1e-30f);
+    if (lane < kWarpRows)
+        Shared::row_scales()[row0 + lane] = most * p.scale_log2 * k_scale_of(p) * (1.f / kLargestE4m3);
+    const float scale = __fdividef(kLargestE4m3, most);
+    const auto put = [&](uint8_t* to, uint4 bits, int i) {
+        float x[8];
+        unpack(bits, IS_FP16, x);
+        const float factor = __shfl_sync(~0u, scale, i);
+        const auto four = [&](int j) {
+            const uint32_t codes = pack_e4m3(x[j] * factor, x[j + 1] * factor) | pack_e4m3(x[j + 2] * factor, x[j + 3] * factor) << 16;
+            return i < live ? codes : 0;
+        };
+        *reinterpret_cast<uint2*>(to) = {four(0), four(4)};
+    };
+    uint8_t* const query = shared_memory + kQueryAt;
+#pragma unroll 1
+    for (int i = 0; i < kWarpRows; ++i) {  // 16 units of eight elements are a block of 128 columns
+        uint8_t* to = query + lane / 16 * kQueryQuarterBytes + (row0 + i) * 128 + ((lane % 16 / 2 ^ (i & 7)) << 4) + lane % 2 * 8;
+        put(to, latent[i * 64], i);
+        put(to + 2 * kQueryQuarterBytes, latent[i * 64 + kWarp], i);
+    }
+#pragma unroll 1
+    for (int group = 0; group < kWarpRows / 4; ++group) {
+        const int i = group * 4 + lane / 8;
+        put(query + 4 * kQueryQuarterBytes + (row0 + i) * 64 + ((lane % 8 / 2 ^ (i >> 1 & 3)) << 4) + lane % 2 * 8,
+            rope[group * kWarp], i);
+    }
+}
+
+template <typename T>
+class Product;
+
+template <>
+class Product<e4m3> {
+  public:
+    __device__ explicit Product(const Params& p) {}
+
+    // Waits until the multipliers have rounded the query.
+    __device__ void load_query(int, Ring<kQuarterSlots>& quarters, Ring<kRopeSlots>& rope) {
+        mbarrier_wait(Shared::query_full(), queries_ & 1);
+        ++queries_;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) scale_[half] = Shared::row_scales()[first_row() - blockIdx.x * kRows + 8 * half];
+        quarters.advance(4);
+        warp_arrive_cluster(Shared::rope_empty(rope.at()));
+        rope.advance();
+    }
+
+    // Unscaled scores of the next span. Returns when they are there.
+    __device__ void score(float (&s)[64], Ring<kQuarterSlots>& quarters, Ring<kRopeSlots>& rope) const {
+        const uint32_t query = units_of(Shared::query());
+        keep_in_order(s);
+#pragma unroll
+        for (int quarter = 0; quarter < 4; ++quarter) {
+            mbarrier_wait(Shared::quarter_full(quarters.at()), quarters.phase());
+            const uint32_t keys = units_of(Shared::quarter(quarters.at()));
+            quarters.advance();
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < 4; ++step)
+                wgmma_e4m3_128(s, descriptor<kAtomBytes>(query + quarter * (kQueryQuarterBytes >> 4) + step * 2),
+                               descriptor<kAtomBytes>(keys + step * 2), quarter + step > 0);
+        }
+        mbarrier_wait(Shared::rope_full(rope.at()), rope.phase());
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+            wgmma_e4m3_128(s, descriptor_64b(query + (4 * kQueryQuarterBytes >> 4) + step * 2),
+                           descriptor_64b(units_of(Shared::rope(rope.at())) + step * 2), true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        keep_in_order(s);
+        warp_arrive_cluster(Shared::rope_empty(rope.at()));
+        rope.advance();
+    }
+
+    // What scores of one of this lane's rows are multiplied by, for base 2.
+    __device__ float scale(int half) const { return scale_[half]; }
+
+  private:
+    float scale_[2];
+    unsigned queries_ = 0;
+};
