@@ -108,3 +108,10 @@ class FusedMLAFp8Mma(FusedMLA):
         if plan == super().plan_for(x):
             raise Unsupported("the same kernel as fusedmla's")
         return plan
+
+    def prepare(self, x: Inputs) -> Prepared:
+        prepared = super().prepare(x)
+        # As for FlashMLA, which is given an e4m3 query: the reference has the query that the kernel multiplies with.
+        scale = 448.0 / x.q.float().abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        prepared.q = (x.q.float() * scale).to(torch.float8_e4m3fn).float() / scale
+        return prepared
