@@ -32,6 +32,8 @@ DS_MLA_SCALES_OFFSET = D_V
 DS_MLA_ROPE_OFFSET = DS_MLA_SCALES_OFFSET + 4 * (D_V // QUANT_GROUP)
 DS_MLA_ROW_BYTES = DS_MLA_ROPE_OFFSET + 2 * D_ROPE
 E4M3_MAX = 448.0
+DS_MLA_LEAST_SCALE = 1e-4
+"""Least scale of a group in `fp8_ds_mla` before it is rounded up to a power of two, as vLLM's writer has it."""
 
 _FORMATS = {
     (torch.bfloat16, D_QK): "bf16",
@@ -85,7 +87,7 @@ def pack_rows(kv: torch.Tensor, name: str, k_scale: float | torch.Tensor = 1.0) 
         return kv.to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name])
     groups = kv[:, :D_V].float().unflatten(1, (-1, QUANT_GROUP))
     # Scales are powers of two, as vLLM's writer makes them: other readers round scales to bf16 or e8m0.
-    scales = torch.exp2(torch.ceil(torch.log2(groups.abs().amax(-1).clamp_min(1e-4) / E4M3_MAX)))
+    scales = torch.exp2(torch.ceil(torch.log2((groups.abs().amax(-1) / E4M3_MAX).clamp_min(DS_MLA_LEAST_SCALE))))
     latent = (groups / scales.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(1)
     rope = kv[:, D_V:].to(torch.bfloat16).contiguous()
     return torch.cat([latent.view(torch.uint8), scales.contiguous().view(torch.uint8), rope.view(torch.uint8)], 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the dense decode kernels ahead of time, without a GPU, and report what the compiler made of them.
+"""Compile the Triton kernels ahead of time, without a GPU, and report what the compiler made of them.
 
 Run as a program, in a process of its own: a kernel that Triton's compiler rejects may abort it. Reads a JSON list of
 cases from standard input and prints a JSON list of reports.
@@ -18,8 +18,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_fusedmla.kernels import combine, dense_decode_kernel, schedule_kernel
-from vllm_fusedmla.kernels.select import select_decode
+from vllm_fusedmla.kernels import (
+    cache_write,
+    combine,
+    dense_decode_kernel,
+    schedule_kernel,
+    sparse_decode,
+    sparse_decode_kernel,
+)
+from vllm_fusedmla.kernels.select import select_decode, select_sparse
 
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ELEMENT = {"bf16": "bf16", "fp16": "fp16", "fp8": "u16", "fp8_ds_mla": "u16"}
@@ -82,6 +89,45 @@ def compile_decode(case: dict) -> dict:
     )
 
 
+def compile_sparse(case: dict) -> dict:
+    """Compile what `select` picks, or the case overrides, for lists of slots or, with a page size, of positions."""
+    capability, h_q, cache, table = case["capability"], case["h_q"], case["cache"], "page_size" in case
+    config = select_sparse(divmod(capability, 10), h_q, cache)
+    config = dataclasses.replace(config, **case.get("config", {}))
+    pointer = {"q_nope": "bf16", "q_rope": "bf16", "out": "bf16", "cache": ELEMENT[cache]}
+    types = {n: f"*{pointer[n]}" for n in pointer}
+    types |= dict.fromkeys(("indices", "topk_length", "block_table", "num_splits"), "*i32")
+    types |= dict.fromkeys(("attn_sink", "lse", "max_logits", "partial_out", "partial_lse", "k_scale_pointer"), "*fp32")
+    types |= {"k_scale_value": "fp32", "scale_log2": "fp32"}
+    constants = {
+        "H_Q": h_q, "PAGE_SIZE": case.get("page_size", 1), "STRIDE_UNIT": 8, "HAS_TABLE": table,
+        **{name: case.get("all", False) for name in ("HAS_LENGTH", "HAS_SINK", "HAS_MAX")},
+        "EIGHT_BIT": cache.startswith("fp8"), "DS_MLA": cache == "fp8_ds_mla", "K_SCALE_POINTER": cache == "fp8",
+        "BLOCK_H": config.block_h, "BLOCK_N": config.block_n, "GROUPS": config.groups, "INTERPRETED": False,
+    }  # fmt: skip
+    stages = sparse_decode.pipeline_stages(config, table)
+    kernel = sparse_decode_kernel.sparse_kernel
+    return compile_kernel(kernel, types, constants, capability, num_warps=config.num_warps, num_stages=stages)
+
+
+def compile_sink(case: dict) -> dict:
+    types = {"out": "*bf16", "lse": "*fp32", "attn_sink": "*fp32"}
+    kernel = sparse_decode_kernel.apply_sink_kernel
+    return compile_kernel(kernel, types, {"H_Q": 16}, case["capability"], num_warps=1)
+
+
+def compile_write(case: dict) -> dict:
+    cache = case["cache"]
+    element = {"bf16": "u16", "fp16": "fp16"}.get(cache, "u8")
+    types = {"kv_c": "*bf16", "k_pe": "*bf16", "cache": f"*{element}", "slot_mapping": "*i64"}
+    types |= {"k_scale_pointer": "*fp32", "k_scale_value": "fp32"}
+    constants = {
+        "PAGE_SIZE": 64, "WIDTH": 656 if cache == "fp8_ds_mla" else 576, "FORMAT": cache,
+        "K_SCALE_POINTER": cache == "fp8", "INTERPRETED": False,
+    }  # fmt: skip
+    return compile_kernel(cache_write.write_kernel, types, constants, case["capability"], num_warps=1)
+
+
 def compile_schedule(case: dict) -> dict:
     constants = {
         "NUM_PROGRAMS": 264, "BLOCK_N": 64, "FIXED": 1, "MIN_TILES": 2, "BATCH_INVARIANT": case["batch_invariant"],
@@ -98,7 +144,10 @@ def compile_combine(case: dict) -> dict:
 
 
 def main() -> None:
-    compilers = {"decode": compile_decode, "schedule": compile_schedule, "combine": compile_combine}
+    compilers = {
+        "decode": compile_decode, "sparse": compile_sparse, "sink": compile_sink, "write": compile_write,
+        "schedule": compile_schedule, "combine": compile_combine,
+    }  # fmt: skip
     reports = []
     for case in json.load(sys.stdin):
         reports.append({"triton": triton.__version__, **compilers[case["kernel"]](case)})

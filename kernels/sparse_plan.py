@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan of a sparse attention launch: the kernel's configuration and how lists of keys are split. Needs no Triton.
+
+All lists of a launch are equally long, so a few integers are a whole schedule and no kernel has to compute one.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .common import device_facts
+from .layout import D_V
+from .schedule import ScheduleParams
+from .select import DecodeConfig, select_sparse
+
+_MAX_WAVES = 3
+"""Pieces, where there is more than one a token, are at most this many times the programs that run at once."""
+_MERGE_TILES = 2
+"""What writing, reading and merging partial results costs, in tiles of a program."""
+_INVARIANT_PIECES = 8
+"""Most pieces of a list in batch-invariant mode: every token of any batch takes that many partial results."""
+
+
+@lru_cache(maxsize=4096)
+def _pieces(params: ScheduleParams, tokens: int, topk: int) -> tuple[int, int]:
+    tiles = max(-(-topk // params.block_n), 1)
+    most = params.max_pieces()
+    if not params.batch_invariant:
+        most = min(most, max(_MAX_WAVES * params.num_programs // max(tokens, 1), 1))
+
+    def cost(chunk: int) -> int:
+        count = -(-tiles // chunk)
+        waves = -(-tokens * count // params.num_programs)
+        return waves * (chunk + params.fixed_tiles) + (_MERGE_TILES if count > 1 else 0)
+
+    least = min(max(-(-tiles // most), params.min_tiles), tiles)
+    chunk = least if params.batch_invariant else min(range(least, tiles + 1), key=cost)
+    return -(-tiles // chunk), chunk
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """Everything about a launch that does not depend on the number of tokens.
+
+    Attributes:
+        config: kernel and tile sizes.
+        params: `num_programs` that run at once for each block of heads, and the mode. In batch-invariant mode the
+            pieces of a list depend on its length `topk` alone, otherwise on the number of tokens too.
+    """
+
+    config: DecodeConfig
+    params: ScheduleParams
+
+    def pieces(self, tokens: int, topk: int) -> tuple[int, int]:
+        """How many pieces a list of `topk` entries is cut into when there are `tokens` lists, and tiles of a piece."""
+        return _pieces(self.params, tokens, topk)
+
+    def workspace_shapes(self, b: int, s_q: int, h_q: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the float32 scratch tensors that up to `b` requests may need: partial outputs, log-sum-exps, ends.
+
+        The last one holds integers.
+        """
+        params = self.params
+        slots = b * s_q * params.max_splits if params.batch_invariant else _MAX_WAVES * params.num_programs
+        return self.shapes_for(slots, b * s_q, h_q)
+
+    @staticmethod
+    def shapes_for(slots: int, tokens: int, h_q: int) -> tuple[tuple[int, ...], ...]:
+        """The same for an exact number of partial results."""
+        return (slots, h_q, D_V), (slots, h_q), (tokens + 1,)
+
+
+def make_sparse_plan(
+    config: DecodeConfig, h_q: int, num_sms: int, batch_invariant: bool, max_splits: int = _INVARIANT_PIECES
+) -> SparsePlan:
+    """Plan for a kernel configuration on a GPU of `num_sms` multiprocessors."""
+    programs = max(num_sms * config.programs_per_sm // -(-h_q // config.block_h), 1)
+    params = ScheduleParams(programs, config.block_n, config.fixed_tiles, config.min_tiles, batch_invariant, max_splits)
+    return SparsePlan(config, params)
+
+
+@lru_cache(maxsize=256)
+def sparse_plan(
+    h_q: int, cache_format: str, device: torch.device, batch_invariant: bool = False, prefill: bool = False
+) -> SparsePlan:
+    """Plan for a launch shape; the same for any number of tokens, so that captured graphs may share buffers.
+
+    Args:
+        h_q, cache_format: of the launches to come.
+        device: theirs; a CPU with Triton's interpreter poses as a small Hopper.
+        batch_invariant: the same bits for a token whatever else is in the launch.
+        prefill: many tokens are to be expected, so batch-invariant launches do not split at all.
+    """
+    arch, num_sms = device_facts(device)
+    max_splits = 1 if prefill else _INVARIANT_PIECES
+    return make_sparse_plan(select_sparse(arch, h_q, cache_format), h_q, num_sms, batch_invariant, max_splits)
