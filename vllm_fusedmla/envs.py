@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     VLLM_FUSEDMLA_KERNEL: str
     VLLM_FUSEDMLA_DECODE_THRESHOLD: int
     VLLM_FUSEDMLA_FP8_MMA: bool
+    VLLM_FUSEDMLA_INDEXER: str
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> Callable[[], str]:
@@ -56,6 +57,10 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     # (heads x new tokens) a request. Query and softmax weights are then rounded to e4m3, each by up to 2^-4 of itself,
     # and output and log-sum-exp are that much less exact.
     "VLLM_FUSEDMLA_FP8_MMA": _flag("VLLM_FUSEDMLA_FP8_MMA", False),
+    # Whose indexer picks the keys of sparse attention on a GPU: 1 takes this project's scores and top-k, 0 vLLM's, of
+    # which the scores need DeepGEMM and for it a CUDA compiler; `auto` takes vLLM's, but this project's scores where
+    # DeepGEMM is not installed. Holds for every attention backend of the process.
+    "VLLM_FUSEDMLA_INDEXER": _choice("VLLM_FUSEDMLA_INDEXER", "auto", ("auto", "0", "1")),
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The largest decode step that an engine's configuration allows; the scratch memory and launch plans that follow."""
+"""The largest step that an engine's configuration allows; the scratch memory and launch plans that follow."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from . import compat, envs
 from .kernels import layout
 from .kernels.plan import DecodePlan, decode_plan
+from .kernels.sparse_plan import SparsePlan, sparse_plan
 
 _INVARIANT_WORKSPACE_BYTES = 1 << 30
 _WARM_UP_REQUESTS = 64
@@ -104,6 +105,86 @@ class DecodeLimits:
                 table = torch.zeros(b, table_width, dtype=torch.int32, device=device)
                 lens, scale = torch.zeros(b, dtype=torch.int32, device=device), torch.ones((), device=device)
                 mla_decode(q, cache, table, lens, k_scale=scale, plan=self.plan(s_q, device))
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseLimits:
+    """The largest step of sparse layers, and what follows from it: plans and scratch memory.
+
+    Attributes:
+        tokens: most tokens of a step.
+        decode_tokens: most tokens of a step's decodes.
+        query_lens: new tokens of a request for which there is a kernel that reads block tables: one, and what
+            speculation verifies. Short prompts of other lengths are decoded by slots.
+        heads: query heads, after the gather of decode context parallelism.
+        topk: keys that the indexer picks for a token.
+        max_seq_len: most keys of a request.
+        dtype: of the model, and so of the query.
+        cache_format: a name of `layout`.
+        batch_invariant: whether the splits of a token's keys may depend on their number only.
+    """
+
+    tokens: int
+    decode_tokens: int
+    query_lens: tuple[int, ...]
+    heads: int
+    topk: int
+    max_seq_len: int
+    dtype: torch.dtype
+    cache_format: str
+    batch_invariant: bool
+
+    @classmethod
+    def of(cls, vllm_config: Any, heads: int, kv_cache_dtype: str) -> SparseLimits:
+        """For a layer with `heads` query heads, given the engine's configuration."""
+        dense = DecodeLimits.of(vllm_config, heads, kv_cache_dtype, decode_threshold())
+        decode_tokens = dense.requests * dense.query_len
+        return cls(
+            tokens=max(vllm_config.scheduler_config.max_num_batched_tokens, decode_tokens),
+            decode_tokens=decode_tokens,
+            query_lens=tuple(sorted({1, compat.max_decode_query_len(vllm_config)})),
+            heads=heads,
+            topk=vllm_config.model_config.hf_text_config.index_topk,
+            max_seq_len=dense.max_seq_len,
+            dtype=dense.dtype,
+            cache_format=dense.cache_format,
+            batch_invariant=dense.batch_invariant,
+        )
+
+    def plan(self, device: torch.device, prefill: bool = False) -> SparsePlan:
+        """The launch plan of a step's decodes, or of its prefills; an equal one at every call."""
+        plan = sparse_plan(self.heads, self.cache_format, device, self.batch_invariant, prefill)
+        if not self.batch_invariant:
+            return plan
+        # As for dense decodes: the splits may depend on the engine's limits, never on the batch.
+        split_bytes = 4 * self.decode_tokens * self.heads * (layout.D_V + 1)
+        splits = max(1, min(plan.params.max_splits, _INVARIANT_WORKSPACE_BYTES // split_bytes))
+        return dataclasses.replace(plan, params=dataclasses.replace(plan.params, max_splits=splits))
+
+    def workspace_shapes(self, plan: SparsePlan, tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the scratch tensors that a launch for `tokens` tokens needs."""
+        pieces, _ = plan.pieces(tokens, self.topk)
+        return plan.shapes_for(tokens * pieces if pieces > 1 else 1, tokens, self.heads)
+
+    def reserve_workspace(self, device: torch.device) -> None:
+        """Grow vLLM's scratch memory to what any step may need, so that it is in place before profiling and capture."""
+        slots, *_ = self.plan(device).workspace_shapes(self.decode_tokens, 1, self.heads)
+        shapes = SparsePlan.shapes_for(slots[0], self.tokens, self.heads)
+        compat.shared_workspace([(shape, torch.float32) for shape in shapes])
+
+    def warm_up(self, page_size: int, device: torch.device) -> None:
+        """Compile or load the kernels for lists of no keys: by positions and by slots, for one request and for many."""
+        from .kernels.sparse_decode import mla_sparse_decode
+
+        table_width = -(-self.max_seq_len // page_size)
+        token = layout.pack_rows(torch.zeros(1, layout.D_QK, device=device), self.cache_format)
+        cache = token.new_empty(1, page_size, token.shape[1])
+        shapes = [(b, s_q, True) for s_q in self.query_lens for b in (1, _WARM_UP_REQUESTS)]
+        for b, s_q, by_position in [*shapes, (1, 1, False), (_WARM_UP_REQUESTS, 1, False)]:
+            q = torch.zeros(b, s_q, self.heads, layout.D_QK, dtype=self.dtype, device=device)
+            indices = torch.full((b, s_q, self.topk), -1, dtype=torch.int32, device=device)
+            table = torch.zeros(b, table_width, dtype=torch.int32, device=device) if by_position else None
+            mla_sparse_decode(q, cache, indices, block_table=table, plan=self.plan(device))
 
 
 def decode_threshold() -> int:

@@ -9,7 +9,9 @@ times. What they set up:
   configuration holding it before that process has loaded its plugins;
 * a wrapper of the platform's ``get_attn_backend_cls``: MLA layers get this project's class after it has validated the
   configuration, other layers of the same model (a drafter's, say) get the platform's own choice;
-* on the CPU platform, a wrapper of ``check_and_update_config``, which otherwise prepares for vLLM's own MLA backends.
+* a wrapper of the platform's ``check_and_update_config``: for models with an indexer it settles the KV cache's format,
+  and on the CPU platform, which otherwise prepares for vLLM's own MLA backends, pages and operators;
+* where DeepGEMM is missing, or if asked for, this project's kernels in vLLM's indexer.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from . import compat, envs
 
 NAME = "FUSEDMLA"
 CLASS_PATH = "vllm_fusedmla.backend.FusedMLABackend"
+SPARSE_CLASS_PATH = "vllm_fusedmla.sparse_backend.FusedMLASparseBackend"
 _WRAPPED = "_fusedmla_wrapped"
 
 # Below vLLM's own logger, whose handlers and level it takes; before vLLM has set that up, it only prints warnings.
@@ -83,14 +86,34 @@ def register() -> None:
     envs.register(vllm.envs.environment_variables)
     platform = type(current_platform)
     _wrap_selection(platform)
-    if current_platform.is_cpu():
-        _wrap_cpu_config(platform)
+    _wrap_config(platform)
+    if current_platform.is_cuda() and offers_indexer():
+        from . import indexer
+
+        indexer.install()
+
+
+def offers_indexer() -> bool:
+    """Whether vLLM's indexer is to run this project's kernels on a GPU."""
+    choice = envs.VLLM_FUSEDMLA_INDEXER
+    return choice == "1" or (choice == "auto" and not compat.has_deep_gemm())
 
 
 def refusal(reasons: list[str]) -> str:
     """The sentence that a user reads where FUSEDMLA cannot serve a configuration."""
     reason = "; ".join(reasons)
     return f"FUSEDMLA cannot serve this configuration: {reason}. Without --attention-backend vLLM picks another."
+
+
+def _backend_class(use_sparse: bool) -> tuple[Any, str]:
+    """The class that serves dense or sparse layers under the one name, and its path."""
+    if use_sparse:
+        from .sparse_backend import FusedMLASparseBackend
+
+        return FusedMLASparseBackend, SPARSE_CLASS_PATH
+    from .backend import FusedMLABackend
+
+    return FusedMLABackend, CLASS_PATH
 
 
 def _wrap_selection(platform: Any) -> None:
@@ -106,14 +129,13 @@ def _wrap_selection(platform: Any) -> None:
             return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
         if not attn_selector_config.use_mla:
             return original(cls, None, attn_selector_config, *args, **kwargs)
-        from .backend import FusedMLABackend
-
+        backend, path = _backend_class(attn_selector_config.use_sparse)
         capability = cls.get_device_capability()
-        reasons = FusedMLABackend.validate_configuration(device_capability=capability, **attn_selector_config._asdict())
+        reasons = backend.validate_configuration(device_capability=capability, **attn_selector_config._asdict())
         if reasons:
             raise ValueError(refusal(reasons))
-        _say_once(logging.INFO, "Using FUSEDMLA backend.")
-        return CLASS_PATH
+        _say_once(logging.INFO, f"Using FUSEDMLA backend{' for sparse attention' * attn_selector_config.use_sparse}.")
+        return path
 
     setattr(get_attn_backend_cls, _WRAPPED, True)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
@@ -127,8 +149,8 @@ def selected_for_mla(vllm_config: Any) -> bool:
     return any(getattr(c, "name", None) == NAME for c in chosen) and model is not None and bool(model.use_mla)
 
 
-def _wrap_cpu_config(platform: Any) -> None:
-    """Wrap the CPU platform's ``check_and_update_config``, once."""
+def _wrap_config(platform: Any) -> None:
+    """Wrap the platform's ``check_and_update_config``, once."""
     original = platform.check_and_update_config.__func__
     if getattr(original, _WRAPPED, False):
         return
@@ -136,9 +158,18 @@ def _wrap_cpu_config(platform: Any) -> None:
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         if not selected_for_mla(vllm_config):
             return original(cls, vllm_config)
+        from vllm.platforms import current_platform
+
+        sparse = compat.is_sparse_model(vllm_config)
+        if sparse:
+            compat.use_fp8_ds_mla(vllm_config)
+        if not current_platform.is_cpu():
+            return original(cls, vllm_config)
         with compat.present_as_cpu_mla(vllm_config):
             original(cls, vllm_config)
         compat.disable_cpu_rotary_op(vllm_config)
+        if sparse and not vllm_config.cache_config.user_specified_block_size:
+            vllm_config.cache_config.block_size = 64  # the indexer's only page size
 
     setattr(check_and_update_config, _WRAPPED, True)
     platform.check_and_update_config = classmethod(check_and_update_config)
