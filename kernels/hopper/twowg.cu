@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Split-KV MLA decode for 64 query rows a CTA, 16-bit caches: one launch, from sequence lengths to merged results.
+// Split-KV MLA decode for 64 query rows a CTA: one launch, from sequence lengths to merged results.
 //
 // O of 64 x 512 float32 takes half of the register file, so two warpgroups share its columns ("two-wg"); a third one
-// scores and a warp of the fourth copies. Per tile of 64 tokens:
+// scores and a warp of the fourth copies. With 16-bit operands, per tile of 64 tokens:
 //
 //   scorer         S = Q K^T | softmax -> P | next S ...         | its softmax ...
 //   multiplier A             |              | O[:, :256] += P V, begun | the rest of it
@@ -15,7 +15,10 @@
 // With more than 64 rows two CTAs form a cluster: both work on the same tiles for different rows, each copies half of a
 // tile and multicasts it to both, which halves the traffic out of L2.
 //
-// Compiled once for each: FUSEDMLA_TYPE (bf16, fp16), FUSEDMLA_CLUSTER (1, 2), FUSEDMLA_ENTRY.
+// With e4m3 operands, for fp8 caches, the same roles work on spans of 128 tokens: twowg_e4m3.cuh has what differs for the
+// scorer, Multiplier::multiply_e4m3 for the multipliers. Nothing is held back: registers are full of other things.
+//
+// Compiled once for each: FUSEDMLA_TYPE (bf16, fp16, e4m3), FUSEDMLA_CLUSTER (1, 2), FUSEDMLA_ENTRY.
 
 #include "twowg_copy.cuh"
 #include "twowg_multiply.cuh"

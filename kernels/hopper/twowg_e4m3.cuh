@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // e4m3 operands in the 64-row kernel: S = Q K^T with the cache's bytes as they are and the query rounded to e4m3.
 //
-// Tensor cores keep fewer than float32's bits when they add up 8-bit products, so a tile's O is added up in fresh
+// Tensor cores keep fewer than float32's bits when they add up 8-bit products, so a span's O is added up in fresh
 // accumulators and then added to the running ones by ordinary instructions (two-level accumulation, as in DeepSeek-V3,
 // arXiv 2412.19437, section 3.3).
 #pragma once

@@ -6,8 +6,8 @@
 
 #include "splitkv.cuh"
 
-// ---- tuning; every default is a guess until measured ----
-// Of the four steps of a tile's PV, those that the first and the second multiplier do at once. The others wait for the
+// ---- tuning: see docs/performance.md ----
+// 16-bit operands: of the four steps of a tile's PV, those that the first and the second multiplier do at once. The others wait for the
 // next tile's scores, so that the tensor cores have work during its softmax.
 #ifndef FUSEDMLA_EARLY_A
 #define FUSEDMLA_EARLY_A 2
@@ -18,7 +18,7 @@
 #ifndef FUSEDMLA_LAZY  // the reference maximum moves only if a score exceeds it by more (base 2); 0: whenever it can
 #define FUSEDMLA_LAZY (kE4m3 ? 1 : 8)
 #endif
-#ifndef FUSEDMLA_QUARTERS  // slots of the ring; four are a tile
+#ifndef FUSEDMLA_QUARTERS  // slots of the ring; four are a span
 #define FUSEDMLA_QUARTERS (kE4m3 ? 9 : 11)
 #endif
 #ifndef FUSEDMLA_PREFETCH  // 1: copies that have to wait for a slot are brought into L2 meanwhile
@@ -48,7 +48,7 @@ constexpr int kThreads = 4 * kWarpgroup;  // scores, O[:, :256], O[:, 256:], cop
 constexpr int kMultipliers = 2 * kWarpgroup;
 constexpr int kLaunchRegisters = 65536 / kThreads;
 // Registers of a thread; 128 while the kernel starts. ptxas puts accumulators behind 24 others, so a multiplier needs
-// 152 and some.
+// 152 and some, with e4m3 32 more for fresh accumulators and fragments of V.
 constexpr int kScorerRegisters = FUSEDMLA_SCORER_REGISTERS, kCopierRegisters = FUSEDMLA_COPIER_REGISTERS;
 constexpr int kMultiplierRegisters = FUSEDMLA_MULTIPLIER_REGISTERS;
 static_assert(kScorerRegisters + 2 * kMultiplierRegisters + kCopierRegisters <= 512);
@@ -60,10 +60,10 @@ constexpr int kQuarterSlots = FUSEDMLA_QUARTERS, kMessageSlots = 2, kTaskSlots =
 constexpr int kRopeSlots = kE4m3 ? 2 : 1;
 constexpr int kTasksAhead = 4;  // of the one that the first multiplier works on
 constexpr int kQueryQuarters = FUSEDMLA_QUERY_QUARTERS;
-constexpr int kAtomBytes = 8 * 128;             // 8 tokens (or rows) x 64 columns in the 128-byte swizzle
-constexpr int kBlockBytes = 8 * kAtomBytes;     // 64 rows x 128 bytes
-constexpr int kGroupBytes = kElementBytes * kAtomBytes;    // 8 tokens x 128 columns
-constexpr int kQuarterBytes = kSpan / 8 * kGroupBytes;  // a span x 128 of the 512 latent columns, group by group
+constexpr int kAtomBytes = 8 * 128;          // 8 tokens (or rows) x 128 bytes in the 128-byte swizzle
+constexpr int kBlockBytes = 8 * kAtomBytes;  // 64 rows x 128 bytes
+constexpr int kGroupBytes = kElementBytes * kAtomBytes;  // 8 tokens x 128 columns
+constexpr int kQuarterBytes = kSpan / 8 * kGroupBytes;   // a span x 128 of the 512 latent columns, group by group
 
 // What the first multiplier hands to all warps.
 enum class Step { kAttend, kMerge, kEnd };
@@ -119,12 +119,15 @@ class Ring {
 };
 
 // Barriers come in pairs: `full` is waited for by the reader of a slot, `empty` by its writer.
-// - quarter: 128 latent columns of a tile. The copying warp fills it. The scorer reads it first, and by sending the
-//   tile's weights hands it on to a multiplier (the first one has quarters 0 and 1), which alone says when it is empty.
-// - rope: the tile's last 64 columns, for the scorer only.
-// - message: what the scorer tells the multipliers: for a tile the weights P and the factors that rescale O's rows, and
-//   at the end of an item the factors that normalise them. `go` lets them do what they hold back of it; it comes with
-//   the next message at the latest. That of slot 1 is one round ahead, for it also comes before the first message.
+// - quarter: 128 latent columns of a span. The copying warp fills it. The scorer reads it first, and by sending the
+//   span's weights hands it on to a multiplier (the first one has quarters 0 and 1), which alone says when it is empty.
+//   With e4m3 an item begins with its query in four quarters and a rope slot, which the multipliers round.
+// - rope: the span's last 64 columns, for the scorer only.
+// - query (e4m3): rounded by the multipliers. The scorer has done with the query before when they come to the next.
+// - message: what the scorer tells the multipliers: for a span the weights P and the factors that rescale O's rows, and
+//   at the end of an item the factors that normalise them. `go` (16-bit operands) lets them do what they hold back of
+//   it; it comes with the next message at the latest. That of slot 1 is one round ahead, for it also comes before the
+//   first message.
 // - task: what the schedule has for this program, see twowg_tasks.cuh.
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
