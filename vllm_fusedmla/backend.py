@@ -137,7 +137,6 @@ class FusedMLABackend(MLACommonBackend):
             "kv_cache_dtype not supported": f"KV cache dtype {cache} is none of {', '.join(_KV_CACHE_DTYPES)}",
             "block_size not supported": f"page size (--block-size) {page} is not a multiple of 16",
             "compute capability not supported": f"compute capability {version} is below 8.0",
-            "sparse not supported": "sparse attention (DSA) is not served by this version, only dense MLA is",
         }
         return [words.get(reason, reason) for reason in super().validate_configuration(**config)]
 
