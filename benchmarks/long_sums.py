@@ -86,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
         del pool, x
         torch.cuda.empty_cache()
     if options.json:
-        facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": sys.argv, "rows": rows}
+        command = "python benchmarks/long_sums.py"
+        command += f" --providers {options.providers} --batch {options.batch} --heads {options.heads}"
+        facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": command, "rows": rows}
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
     return 0
 
