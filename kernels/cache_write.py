@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import layout
 from .common import dependent_launch, interpreted
-from .e4m3 import round_to_bfloat16
+from .e4m3 import round_to_bfloat16, to_e4m3
 
 _D_V = tl.constexpr(layout.D_V)
 _D_ROPE = tl.constexpr(layout.D_ROPE)
@@ -78,21 +78,6 @@ def write_cache(
 def write_ds_mla(kv_c: torch.Tensor, k_pe: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """`write_cache` for a ``[num_pages, page_size, 656]`` uint8 cache in the format `fp8_ds_mla`."""
     write_cache(kv_c, k_pe, cache, slot_mapping)
-
-
-@triton.jit
-def to_e4m3(x):
-    """float32 rounded to e4m3 codes (uint8), to nearest even, values beyond 448 to 448; NaN stays NaN."""
-    bits = x.to(tl.uint32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    size = tl.minimum(tl.abs(x), _E4M3_MAX)
-    bits = size.to(tl.uint32, bitcast=True)
-    # From 2^-6 on: keep 3 bits of the mantissa, and take 120 off the exponent, whose bias is 7 instead of 127.
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below, codes are multiples of 2^-9, what the last place of a number just above 2^14 is worth.
-    shifted = (size + 16384.0).to(tl.uint32, bitcast=True)
-    code = tl.where(size < 0.015625, shifted - 0x46800000, normal)
-    return (tl.where(x != x, 0x7F, code) | sign).to(tl.uint8)
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Widening of e4m3 codes to 16-bit floats inside Triton kernels, exactly, two neighbouring codes at a time.
+"""e4m3 codes inside Triton kernels: widened to 16-bit floats, exactly and two neighbours at a time, and rounded to.
 
 On compute capability 8.0 Triton has no e4m3, and its own 16-bit integer arithmetic takes a register and a byte shuffle
 a value: a few instructions on two pairs at once are written out instead. The interpreter cannot run them, so there the
@@ -8,6 +8,10 @@ same is written in Triton.
 
 import triton
 import triton.language as tl
+
+from .layout import E4M3_MAX
+
+_E4M3_MAX = tl.constexpr(E4M3_MAX)
 
 
 @triton.jit
@@ -92,3 +96,18 @@ def round_to_bfloat16(x, INTERPRETED: tl.constexpr):
         return bits.to(tl.float32, bitcast=True)
     else:
         return x.to(tl.bfloat16)
+
+
+@triton.jit
+def to_e4m3(x):
+    """float32 rounded to e4m3 codes (uint8), to nearest even, values beyond 448 to 448; NaN stays NaN."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    size = tl.minimum(tl.abs(x), _E4M3_MAX)
+    bits = size.to(tl.uint32, bitcast=True)
+    # From 2^-6 on: keep 3 bits of the mantissa, and take 120 off the exponent, whose bias is 7 instead of 127.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below, codes are multiples of 2^-9, what the last place of a number just above 2^14 is worth.
+    shifted = (size + 16384.0).to(tl.uint32, bitcast=True)
+    code = tl.where(size < 0.015625, shifted - 0x46800000, normal)
+    return (tl.where(x != x, 0x7F, code) | sign).to(tl.uint8)
