@@ -26,7 +26,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import MLAAttentionSpec  # noqa: E402
 from vllm.v1.worker import workspace  # noqa: E402
 
-from vllm_fusedmla import backend, compat, envs, limits, metadata, plugin  # noqa: E402
+from vllm_fusedmla import backend, cache_update, compat, envs, limits, metadata, plugin  # noqa: E402
 from vllm_fusedmla.kernels import hopper, layout, select  # noqa: E402
 from vllm_fusedmla.kernels.plan import make_plan  # noqa: E402
 from vllm_fusedmla.kernels.select import MAX_S_Q  # noqa: E402
@@ -182,7 +182,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[workspace.Workspace
         device_type="cpu",
         get_device_capability=lambda: DeviceCapability(9, 0),
     )
-    for module in (backend, metadata):
+    for module in (backend, cache_update, metadata):
         monkeypatch.setattr(module, "current_platform", stand_in)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)

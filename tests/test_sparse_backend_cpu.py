@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec  # noqa: E402
 from vllm.v1.worker import workspace  # noqa: E402
 
 from evals.models.sparse_probe import ProbeConfig, hf_config  # noqa: E402
-from vllm_fusedmla import backend, compat, limits, metadata, plugin, sparse_backend, sparse_metadata  # noqa: E402
+from vllm_fusedmla import backend, cache_update, compat, limits, metadata, plugin, sparse_backend, sparse_metadata  # noqa: E402
 from vllm_fusedmla.kernels import layout, reference  # noqa: E402
 
 if not current_platform.is_cpu():
@@ -182,7 +182,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[workspace.Workspace
         device_type="cpu",
         get_device_capability=lambda: DeviceCapability(9, 0),
     )
-    for module in (backend, metadata, sparse_backend):
+    for module in (backend, cache_update, metadata, sparse_backend):
         monkeypatch.setattr(module, "current_platform", stand_in)
     monkeypatch.setattr(limits, "_WARM_UP_REQUESTS", 2)  # the interpreter is slow
     monkeypatch.setenv("VLLM_FUSEDMLA_INDEXER", "0")  # nor is its warm-up needed here

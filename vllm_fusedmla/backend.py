@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 
 from . import compat, envs
+from .cache_update import StoresTokens
 from .kernels import hopper, layout, reference
 from .kernels.plan import DecodePlan
 from .kernels.select import LARGEST_TILE, MAX_H_Q, MAX_S_Q, select_decode
@@ -141,7 +142,7 @@ class FusedMLABackend(MLACommonBackend):
         return [words.get(reason, reason) for reason in super().validate_configuration(**config)]
 
 
-class FusedMLAImpl(MLACommonImpl[FusedMLAMetadata]):
+class FusedMLAImpl(StoresTokens, MLACommonImpl[FusedMLAMetadata]):
     """Decode of one layer. Prefill is the common code's."""
 
     can_return_lse_for_decode: bool = True
@@ -227,26 +228,6 @@ class FusedMLAImpl(MLACommonImpl[FusedMLAMetadata]):
         device = torch.device(current_platform.device_type, torch.accelerator.current_device_index())
         heads = self.num_heads * self.dcp_world_size
         DecodeLimits.of(self._vllm_config, heads, self.kv_cache_dtype, decode_threshold()).reserve_workspace(device)
-
-    def do_kv_cache_update(
-        self,
-        kv_c_normed: torch.Tensor,
-        k_pe: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        kv_cache_dtype: str,
-        k_scale: torch.Tensor,
-        *rest: Any,
-        **options: Any,
-    ) -> None:
-        """Store the step's tokens: vLLM's kernel on GPUs, PyTorch on CPUs. vLLM 0.33 adds the argument skip_scale."""
-        if not current_platform.is_cpu():
-            super().do_kv_cache_update(
-                kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, *rest, **options
-            )
-        elif kv_cache.numel() > 0:
-            rows = torch.cat([kv_c_normed, k_pe.squeeze(1)], dim=-1)
-            layout.write_cache(rows, slot_mapping, kv_cache, k_scale)
 
     def forward_mqa(
         self,

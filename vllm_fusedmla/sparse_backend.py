@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import AttentionType, MultipleOf
 
 from . import compat, envs, plugin
 from .backend import FusedMLABackend
+from .cache_update import StoresTokens
 from .kernels import layout, reference, sparse_reference
 from .kernels.select import MAX_H_Q
 from .limits import SparseLimits
@@ -117,7 +118,7 @@ class _NoIndexGroup:
         return None, 0
 
 
-class FusedMLASparseImpl(SparseMLACommonImpl[FusedMLASparseMetadata]):
+class FusedMLASparseImpl(StoresTokens, SparseMLACommonImpl[FusedMLASparseMetadata]):
     """Sparse attention of one layer."""
 
     can_return_lse_for_decode: bool = True
@@ -200,26 +201,6 @@ class FusedMLASparseImpl(SparseMLACommonImpl[FusedMLASparseMetadata]):
         logger.info_once(
             "FUSEDMLA: sparse MLA over the indexer's top %d by the kernel '%s' (%s).", self._limits.topk, kernel, reason
         )
-
-    def do_kv_cache_update(
-        self,
-        kv_c_normed: torch.Tensor,
-        k_pe: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        kv_cache_dtype: str,
-        k_scale: torch.Tensor,
-        *rest: Any,
-        **options: Any,
-    ) -> None:
-        """Store the step's tokens: vLLM's kernel on GPUs, PyTorch on CPUs. vLLM 0.33 adds the argument skip_scale."""
-        if not current_platform.is_cpu():
-            super().do_kv_cache_update(
-                kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, *rest, **options
-            )
-        elif kv_cache.numel() > 0:
-            rows = torch.cat([kv_c_normed, k_pe.squeeze(1)], dim=-1)
-            layout.write_cache(rows, slot_mapping, kv_cache, k_scale)
 
     def forward_mqa(
         self,
