@@ -70,14 +70,13 @@ _SPARSE_TABLE = (
     ((8, 0), (99, 9), _SIXTEEN_BIT, MAX_H_Q, (16, 32, 4, 2, 1, 1, 2), 8),
     ((8, 0), (99, 9), _FP8 + _DS_MLA, MAX_H_Q, (16, 32, 4, 2, 2, 1, 2), 4),
 )
-HOPPER_KERNELS = ("swapab", "pair", "twowg", "twowg_e4m3")
+HOPPER_KERNELS = ("swapab", "twowg", "twowg_e4m3")
 """Names of the CUDA kernels in hopper/."""
 _HOPPER_TABLE = (
     # caches | most rows | kernel, query rows of a block
     *((_SIXTEEN_BIT + _FP8, rows, ("swapab", rows)) for rows in (8, 16, 24, 32)),
     *((_DS_MLA, rows, ("swapab", block)) for rows, block in ((8, 8), (16, 16), (24, 24), (32, 16), (_ANY_ROWS, 24))),
-    (_FP8, _ANY_ROWS, ("pair", 64)),
-    (_SIXTEEN_BIT, _ANY_ROWS, ("twowg", 64)),
+    (_SIXTEEN_BIT + _FP8, _ANY_ROWS, ("twowg", 64)),
 )
 _HOPPER_TILE, _HOPPER_WARPS = 64, 12
 LARGEST_TILE = max(_HOPPER_TILE, *(values[1] for *_, values in _TABLE))
@@ -105,7 +104,7 @@ def select_decode(
     if hopper and arch == (9, 0):
         for caches, most_rows, (kernel, block_h) in _HOPPER_TABLE:
             if cache_format in caches and rows <= most_rows:
-                kernel = "twowg_e4m3" if kernel == "pair" and fp8_mma else kernel
+                kernel = "twowg_e4m3" if kernel == "twowg" and cache_format == "fp8" and fp8_mma else kernel
                 reason = f"compute capability 9.0, {rows} query rows a request, {cache_format} cache"
                 return DecodeConfig(kernel, block_h, _HOPPER_TILE, _HOPPER_WARPS, 0, 1, 1, 1, reason)
     return select_portable(arch, rows, cache_format)

@@ -74,10 +74,7 @@ def variant_of(config: Any, cache_format: str, rows: int) -> str:
     """Name of the compiled kernel for a `DecodeConfig` of this folder's kernels and `rows` query rows a request."""
     if config.kernel == "swapab":
         return variants.swapab_name(cache_format, config.block_h)
-    if config.kernel.startswith("twowg"):
-        operands = "e4m3" if config.kernel == "twowg_e4m3" else cache_format
-        return variants.twowg_name(operands, cluster(config, rows))
-    return variants.PAIR_NAME
+    return variants.twowg_name("e4m3" if config.kernel == "twowg_e4m3" else cache_format, cluster(config, rows))
 
 
 def row_blocks(config: Any, rows: int) -> int:

@@ -27,6 +27,7 @@ struct Params {
     TensorMap scales;      // fp8_ds_mla
     const void* q_nope;    // [b, s_q, h_q, 512]
     const void* q_rope;    // [b, s_q, h_q, 64]
+    const uint8_t* cache;    // where it is not copied by the maps: bytes of [num_pages, page_size, row]
     const int* block_table;  // [b, max_pages]
     const int* seq_lens;   // [b]
     void* out;             // [b, s_q, h_q, 512]
@@ -36,6 +37,7 @@ struct Params {
     unsigned* arrivals;    // [b, row blocks], zero between launches
     const float* k_scale;  // null: k_scale_value counts
     Strides q_nope_stride, q_rope_stride;
+    int64_t page_stride;   // of `cache`
     int64_t table_stride;
     Schedule schedule;
     float k_scale_value;

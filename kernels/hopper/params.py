@@ -30,12 +30,13 @@ class Params(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "q_nope", "q_rope", "block_table", "seq_lens", "out", "lse", "partial_out", "partial_lse", "arrivals",
+                "q_nope", "q_rope", "cache", "block_table", "seq_lens", "out", "lse", "partial_out", "partial_lse", "arrivals",
                 "k_scale",
             )
         ),
         ("q_nope_stride", Strides),
         ("q_rope_stride", Strides),
+        ("page_stride", ctypes.c_int64),
         ("table_stride", ctypes.c_int64),
         ("schedule", Schedule),
         ("k_scale_value", ctypes.c_float),

@@ -287,7 +287,8 @@ __device__ void attend(const Params& p, const Shared& shared, Ring<Layout::kStag
         load_query_16bit<N>(p, shared.base + Layout::kQuery, item.request, first_row_of_block());
     else
         load_query_8bit<N, FORMAT == Format::kFp8DsMla>(p, shared.base + Layout::kQuery, shared.row_scale(),
-                                                        p.scale_log2 * k_scale_of(p), item.request, first_row_of_block());
+                                                        p.scale_log2 * k_scale_of(p), item.request, first_row_of_block(),
+                                                        threadIdx.x / kWarp);
     fence_proxy_async();
     State state;
 #pragma unroll

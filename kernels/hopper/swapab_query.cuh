@@ -2,14 +2,8 @@
 // The query of a block of rows into shared memory, as wgmma's K-major operand: nine blocks of N rows x 64 elements.
 #pragma once
 
-#include "query.cuh"
+#include "query_8bit.cuh"
 #include "swapab_plan.cuh"
-
-// `unit` counts 16 bytes along a row.
-template <int N>
-__device__ inline void put_unit(uint8_t* query, int row, int unit, uint4 bits) {
-    *reinterpret_cast<uint4*>(query + unit / 8 * N * 128 + row * 128 + ((unit % 8 ^ (row & 7)) << 4)) = bits;
-}
 
 template <int N>
 __device__ inline void load_query_16bit(const Params& p, uint8_t* query, int request, int row0) {
@@ -30,80 +24,4 @@ __device__ inline void load_query_16bit(const Params& p, uint8_t* query, int req
         put_unit<N>(query, warp + i * 8, lane + kWarp, bits[i][1]);
         if (lane < 8) put_unit<N>(query, warp + i * 8, 64 + lane, bits[i][2]);
     }
-}
-
-// Sixteen elements as fp16: first the first two of every four, then the other two; see widen_steps.
-template <int N>
-__device__ inline void put_widened_order(uint8_t* query, int row, int pair, const float (&a)[8], const float (&b)[8],
-                                         float scale) {
-    const auto two = [&](const float (&x)[8], int i) { return pack_16bit(x[i] * scale, x[i + 1] * scale, true); };
-    put_unit<N>(query, row, 2 * pair, {two(a, 0), two(a, 4), two(b, 0), two(b, 4)});
-    put_unit<N>(query, row, 2 * pair + 1, {two(a, 2), two(a, 6), two(b, 2), two(b, 6)});
-}
-
-// Sixteen latent elements of a row a lane; of the rope part, sixteen by each of the first four lanes.
-struct EightBitRow {
-    uint4 rope_bits[2];
-    float nope[2][8], rope[2][8];
-    float most_nope, most;  // largest magnitude of the latent part, of all
-};
-
-// Calls put(n, row) for this warp's rows n of the block; the loads of up to four rows are in flight together.
-template <int N, typename Put>
-__device__ inline void for_query_rows(const Params& p, int request, int row0, const Put& put) {
-    constexpr int kTogether = N / 8 < 4 ? N / 8 : 4;
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-#pragma unroll 1
-    for (int first = warp; first < N; first += 8 * kTogether) {
-        uint4 nope[kTogether][2], rope[kTogether][2];
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-            const QueryRow row = query_row(p, request, row0 + first + i * 8);
-            const uint4 zero = {0, 0, 0, 0};
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                nope[i][half] = row.nope != nullptr ? row.nope[2 * lane + half] : zero;
-                rope[i][half] = row.rope != nullptr && lane < 4 ? row.rope[2 * lane + half] : zero;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-            EightBitRow row;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                row.rope_bits[half] = rope[i][half];
-                unpack(nope[i][half], p.q_is_fp16, row.nope[half]);
-                unpack(rope[i][half], p.q_is_fp16, row.rope[half]);
-            }
-            // Positive floats order as integers do.
-            const float most = largest(row.nope[0], largest(row.nope[1], 1e-30f));
-            row.most_nope = __int_as_float(__reduce_max_sync(~0u, __float_as_int(most)));
-            const float all = largest(row.rope[0], largest(row.rope[1], most));
-            row.most = __int_as_float(__reduce_max_sync(~0u, __float_as_int(all)));
-            if (first + i * 8 < N) put(first + i * 8, row);
-        }
-    }
-}
-
-// Into fp16 by a power of two a row, so that bfloat16's range cannot overflow and its 8 bits are kept. `row_scale`
-// receives what undoes it, times scale_log2: what scores are to be multiplied by. The rope part of an fp8_ds_mla cache is bfloat16: so is the query's.
-template <int N, bool ROPE_IS_BF16>
-__device__ inline void load_query_8bit(const Params& p, uint8_t* query, float* row_scale, float scale_log2,
-                                       int request, int row0) {
-    const int lane = threadIdx.x % kWarp;
-    const auto put = [&](int n, const EightBitRow& row) {
-        const int exponent = (__float_as_int(ROPE_IS_BF16 ? row.most_nope : row.most) >> 23) - 126;  // most <= 2^exponent
-        const float scale = exp2f(float(-exponent));
-        put_widened_order<N>(query, n, lane, row.nope[0], row.nope[1], scale);
-        if (lane < 4) {
-            if (ROPE_IS_BF16) {
-                put_unit<N>(query, n, 64 + 2 * lane, row.rope_bits[0]);
-                put_unit<N>(query, n, 65 + 2 * lane, row.rope_bits[1]);
-            } else {
-                put_widened_order<N>(query, n, 32 + lane, row.rope[0], row.rope[1], scale);
-            }
-        }
-        if (lane == 0) row_scale[n] = exp2f(float(exponent)) * scale_log2;
-    };
-    for_query_rows<N>(p, request, row0, put);
 }

@@ -22,7 +22,7 @@
 
 #include "twowg_copy.cuh"
 #include "twowg_multiply.cuh"
-#include "twowg_score.cuh"
+#include "twowg_turned.cuh"
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const __grid_constant__ Params p) {
     const int warpgroup = threadIdx.x / kWarpgroup;
@@ -40,9 +40,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
     if (warpgroup == 0) {
         if constexpr (kScorerRegisters < kLaunchRegisters)
             lower_registers<kScorerRegisters>();
-        else
+        else if constexpr (kScorerRegisters > kLaunchRegisters)
             raise_registers<kScorerRegisters>();
-        Scorer(p).run();
+        Scorer<Element>(p).run();
     } else if (warpgroup < 3) {
         raise_registers<kMultiplierRegisters>();
         if (multiplier_thread() < kWarp) Feeder(p).save();

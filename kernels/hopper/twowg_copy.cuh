@@ -108,7 +108,7 @@ class Copier {
         const int box = threadIdx.x % kWarp % (kSpan / box_tokens()) * box_tokens();
         const int copied = (min(tokens, kSpan) + box_tokens() - 1) & -box_tokens();
         if (FUSEDMLA_PREFETCH && mine) {  // into L2 what has to wait longest for a slot
-            if (is_mine(3)) tma_prefetch_5d(&p_.latent, 0, 0, 3 * kElementBytes, group, page, policy());
+            if (is_mine(3)) tma_prefetch_5d(&p_.latent, 0, 0, 3 * kCacheBytes, group, page, policy());
             if (is_mine(rope_.at() + rope_.phase())) tma_prefetch_5d(&p_.rope, 0, 0, kRopeBlock, group, page, policy());
         }
 #pragma unroll 1
@@ -116,7 +116,7 @@ class Copier {
             const uint32_t full = Shared::quarter_full(quarters_.at());
             open(Shared::quarter_empty(quarters_.at()), full, quarters_.phase(), copied * (kQuarterBytes / kSpan));
             if (mine && is_mine(quarter))
-                load(Shared::quarter(quarters_.at()) + box * (kQuarterBytes / kSpan), &p_.latent, full, quarter * kElementBytes, group, page);
+                load(Shared::quarter(quarters_.at()) + box * (kQuarterBytes / kSpan), &p_.latent, full, quarter * kCacheBytes, group, page);
             quarters_.advance();
         }
         const uint32_t full = Shared::rope_full(rope_.at());
@@ -149,6 +149,6 @@ class Copier {
 
     const Params& p_;
     Ring<kQuarterSlots> quarters_;
-    static constexpr int kRopeBlock = kE4m3 ? 0 : 8;  // of 128 bytes, where its map begins
+    static constexpr int kRopeBlock = kTurned ? 0 : 8;  // of 128 bytes, where its map begins
     Ring<kRopeSlots> rope_;
 };

@@ -13,13 +13,6 @@
 // Weights are at most 2^FUSEDMLA_LAZY; times 2^kWeightExponent they use e4m3's range.
 constexpr int kWeightExponent = kE4m3 ? 8 - FUSEDMLA_LAZY : 0;
 
-__device__ inline float k_scale_of(const Params& p) { return p.k_scale ? *p.k_scale : p.k_scale_value; }
-
-// What sums of weights times cached values are multiplied by, besides the weights' norm.
-__device__ inline float value_scale(const Params& p) { return kE4m3 ? k_scale_of(p) : 1.f; }
-
-__device__ inline bool out_is_fp16(const Params& p) { return kE4m3 ? p.q_is_fp16 : kIsFp16<Element>; }
-
 __device__ inline uint32_t pack_e4m3(float low, float high) {
     uint16_t bits;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));

@@ -2,9 +2,11 @@
 // A multiplying warpgroup of the 64-row kernel: 256 columns of O += P V, and the result.
 #pragma once
 
+#include "query_8bit.cuh"
 #include "twowg_e4m3.cuh"
 #include "twowg_tasks.cuh"
 #include "twowg_wgmma.cuh"
+#include "widen.cuh"
 
 __device__ inline unsigned* counter_of(const Params& p, const Item& item) {
     return p.arrivals + item.request * gridDim.x + blockIdx.x;
@@ -55,13 +57,15 @@ class Multiplier {
     __device__ static int half() { return int(thread_anew() / kWarpgroup) - 1; }
 
     __device__ void attend() {
+        if constexpr (kTurned) load_query();
 #pragma unroll
         for (int i = 0; i < 128; ++i) o_[i / kPart][i % kPart] = 0.f;
-        if constexpr (kE4m3) load_query();
         for (int spans = spans_of(Tasks::item()); spans > 0; --spans) {
             rescale();
             if constexpr (kE4m3)
                 multiply_e4m3();
+            else if constexpr (kWidens)
+                multiply_widened();
             else
                 multiply();
             message_.advance();
@@ -78,8 +82,19 @@ class Multiplier {
         }
     }
 
-    // Rounds this warpgroup's rows of the query: see round_query.
+    // For the scorer, who has done with the last one. Widened tiles: see load_query_8bit; e4m3: see round_query.
     __device__ void load_query() {
+        if constexpr (kWidens) {
+            load_query_8bit<kRows, false>(p_, shared_memory + kQueryAt, Shared::row_scales(), p_.scale_log2 * k_scale_of(p_),
+                                          Tasks::item().request, row0(), multiplier_thread() / kWarp);
+            fence_proxy_async();
+            __syncwarp();
+            warp_arrive(Shared::query_full());
+        } else {
+            round_my_rows();
+        }
+    }
+    __device__ void round_my_rows() {
         const int slot = thread_anew() / (2 * kWarp) % 2;  // of the two quarters this warp's
         const Ring<kQuarterSlots> mine = quarters_.after(slot);
         mbarrier_wait(Shared::quarter_full(mine.at()), mine.phase());
@@ -106,6 +121,10 @@ class Multiplier {
 
     __device__ void receive() const { mbarrier_wait(Shared::message_full(message_.at()), message_.phase()); }
 
+    __device__ void wait_until_held_may_go() const {
+        mbarrier_wait(Shared::go(message_.at()), message_.phase() ^ message_.at());
+    }
+
     __device__ void release_message() {
         __syncwarp();
         warp_arrive(Shared::message_empty(message_.at()));
@@ -114,7 +133,7 @@ class Multiplier {
     // Brings O to the next message's maxima.
     __device__ void rescale() {
         receive();
-        if constexpr (kE4m3) {
+        if constexpr (kTurned) {
             const int4 changes = *reinterpret_cast<const int4*>(Shared::changes(message_.at()));
             if ((changes.x | changes.y | changes.z | changes.w) == 0) return;
         }
@@ -123,7 +142,7 @@ class Multiplier {
 
     // Times the message's factors, each of a row of P.
     __device__ void scale_by_factors() {
-        if constexpr (kE4m3) {  // this lane has columns of O^T, two of each eight rows of P
+        if constexpr (kTurned) {  // this lane has columns of O^T, two of each eight rows of P
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const float2 factor = factors_of_pair(i);
@@ -159,7 +178,7 @@ class Multiplier {
             const uint4 next = Shared::weights(message_.at(), step);
             const uint32_t weights[4] = {next.x, next.y, next.z, next.w};
             if (step == (half() == 0 ? FUSEDMLA_EARLY_A : FUSEDMLA_EARLY_B))
-                mbarrier_wait(Shared::go(message_.at()), message_.phase() ^ message_.at());
+                wait_until_held_may_go();
             keep_in_order(o_[0]);
             keep_in_order(o_[1]);
             wgmma_fence();
@@ -218,6 +237,48 @@ class Multiplier {
         release_message();
     }
 
+    // O^T += V^T P^T with V widened to fp16, 64 columns x 32 tokens at a time; one such part is widened while the last is
+    // multiplied. Bytes are transposed as pairs of columns: see widen_columns.
+    __device__ void multiply_widened() {
+        using Mma = Wgmma<fp16, kRows>;
+        constexpr int kInFlight = FUSEDMLA_V_IN_FLIGHT, kBatches = 8;  // of the quarter, of its blocks of 64 columns, of the tile's halves
+        const uint32_t weights = units_of(smem_address(Shared::weight_rows(message_.at())));
+        const Ring<kQuarterSlots> right = quarters_.after(1);
+        mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());  // long complete
+        mbarrier_wait(Shared::quarter_full(right.at()), right.phase());
+        uint32_t raw[2][4], a[kInFlight + 1][2][4];
+        const unsigned thread = thread_anew(), lane = thread % kWarp, warp = thread / kWarp % 4;
+        const uint32_t unit[2] = {(warp ^ (lane & 7)) << 4, (4 + warp ^ (lane & 7)) << 4};
+        const uint32_t base[2] = {Shared::quarter(quarters_.at()) + lane * 128, Shared::quarter(right.at()) + lane * 128};
+        const auto load = [&](int batch) {
+            ldmatrix_x4_trans(raw[batch % 2], base[batch / 4] + batch % 2 * 32 * 128 + unit[batch / 2 % 2]);
+        };
+        load(0);
+#pragma unroll
+        for (int block = 0; block < 4; ++block) keep_in_order(o_[block]);
+#pragma unroll
+        for (int batch = 0; batch < kBatches; ++batch) {
+            if (batch == (half() == 0 ? FUSEDMLA_EARLY_A : FUSEDMLA_EARLY_B)) wait_until_held_may_go();
+            if (batch + 1 < kBatches) load(batch + 1);
+            const uint32_t(&codes)[4] = raw[batch % 2];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) widen_columns(codes[i], a[batch % (kInFlight + 1)][i / 2][i % 2 * 2], a[batch % (kInFlight + 1)][i / 2][i % 2 * 2 + 1]);
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < 2; ++step)
+                Mma::registers(o_[batch / 2], a[batch % (kInFlight + 1)][step],
+                               descriptor<kAtomBytes>(weights + (batch % 2 * 2 + step) * 2), true);
+            wgmma_commit();
+            wgmma_wait<kInFlight>();
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int block = 0; block < 4; ++block) keep_in_order(o_[block]);
+        release_message();
+        warp_arrive_cluster(Shared::quarter_empty(quarters_.at()));
+        warp_arrive_cluster(Shared::quarter_empty(right.at()));
+    }
+
     // From two columns of two tokens to one column of four, of 16 tokens and of 16 more.
     __device__ static void regroup(uint32_t (&a)[4]) {
 #pragma unroll
@@ -234,7 +295,7 @@ class Multiplier {
     template <typename Out>
     __device__ void store(Out* to) {
         const unsigned thread = thread_anew(), lane = thread % kWarp;
-        if constexpr (kE4m3) {
+        if constexpr (kTurned) {
             to += half() * 256 + thread / kWarp % 4 * 16 + lane / 4 * 2;
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
@@ -274,7 +335,7 @@ class Multiplier {
         __stcg(reinterpret_cast<float2*>(to), float2{x * scale, y * scale});
     }
 
-    static constexpr int kPart = kE4m3 ? 64 / 2 : 128 / 2;  // registers of O for the columns of one instruction
+    static constexpr int kPart = kTurned ? 64 / 2 : 128 / 2;  // registers of O for the columns of one instruction
 
     const Params& p_;
     float o_[128 / kPart][kPart];

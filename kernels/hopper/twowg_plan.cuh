@@ -10,37 +10,47 @@
 // 16-bit operands: of the four steps of a tile's PV, those that the first and the second multiplier do at once. The others wait for the
 // next tile's scores, so that the tensor cores have work during its softmax.
 #ifndef FUSEDMLA_EARLY_A
-#define FUSEDMLA_EARLY_A 2
+#define FUSEDMLA_EARLY_A (kWidens ? 0 : kCluster == 1 ? 4 : 2)
 #endif
 #ifndef FUSEDMLA_EARLY_B
-#define FUSEDMLA_EARLY_B 0
+#define FUSEDMLA_EARLY_B (kWidens ? 0 : kCluster == 1 ? 4 : 0)
+#endif
+#ifndef FUSEDMLA_IN_FLIGHT  // widened: parts of a tile's scores that tensor cores work on at once
+#define FUSEDMLA_IN_FLIGHT 1
+#endif
+#ifndef FUSEDMLA_V_IN_FLIGHT
+#define FUSEDMLA_V_IN_FLIGHT 1
 #endif
 #ifndef FUSEDMLA_LAZY  // the reference maximum moves only if a score exceeds it by more (base 2); 0: whenever it can
 #define FUSEDMLA_LAZY (kE4m3 ? 1 : 8)
 #endif
 #ifndef FUSEDMLA_QUARTERS  // slots of the ring; four are a span
-#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : 11)
+#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : kWidens ? 15 : 11)
 #endif
 #ifndef FUSEDMLA_PREFETCH  // 1: copies that have to wait for a slot are brought into L2 meanwhile
-#define FUSEDMLA_PREFETCH (!kE4m3)
+#define FUSEDMLA_PREFETCH (!kE4m3 && !kWidens)
 #endif
 #ifndef FUSEDMLA_QUERY_QUARTERS  // of the query's four latent quarters, those in registers; the others in shared memory
-#define FUSEDMLA_QUERY_QUARTERS (kE4m3 ? 0 : 3)
+#define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : 3)
 #endif
 #ifndef FUSEDMLA_SCORER_REGISTERS  // with the copier's and twice the multipliers' 512
-#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : 160)
+#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kWidens ? 120 : 160)
 #endif
 #ifndef FUSEDMLA_MULTIPLIER_REGISTERS
-#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : 160)
+#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kWidens ? 176 : 160)
 #endif
 #ifndef FUSEDMLA_COPIER_REGISTERS
 #define FUSEDMLA_COPIER_REGISTERS 32
 #endif
 
+// What the cache has and tensor cores multiply: 16-bit floats; e4m3 as it is; e4m3 widened to fp16 in registers.
 struct e4m3 {};
-using Element = FUSEDMLA_TYPE;  // of the operands, and of the cache
+struct widened {};
+using Element = FUSEDMLA_TYPE;
 constexpr bool kE4m3 = std::is_same_v<Element, e4m3>;
-constexpr int kElementBytes = kE4m3 ? 1 : 2;
+constexpr bool kWidens = std::is_same_v<Element, widened>;
+constexpr bool kTurned = kE4m3 || kWidens;  // O^T += V^T P^T: V is the operand that comes from registers
+constexpr int kCacheBytes = kTurned ? 1 : 2, kOperandBytes = kE4m3 ? 1 : 2;
 constexpr int kSpan = kE4m3 ? 2 * kTile : kTile;  // tokens that are scored and multiplied at a time
 
 constexpr int kRows = 64;                 // query rows of a CTA
@@ -57,12 +67,12 @@ constexpr int kScores = kRows * kSpan / kWarpgroup;  // of a scoring thread
 
 constexpr int kCluster = FUSEDMLA_CLUSTER;
 constexpr int kQuarterSlots = FUSEDMLA_QUARTERS, kMessageSlots = 2, kTaskSlots = 8;
-constexpr int kRopeSlots = kE4m3 ? 2 : 1;
+constexpr int kRopeSlots = kE4m3 ? 2 : kWidens ? 4 : 1;
 constexpr int kTasksAhead = 4;  // of the one that the first multiplier works on
 constexpr int kQueryQuarters = FUSEDMLA_QUERY_QUARTERS;
 constexpr int kAtomBytes = 8 * 128;          // 8 tokens (or rows) x 128 bytes in the 128-byte swizzle
 constexpr int kBlockBytes = 8 * kAtomBytes;  // 64 rows x 128 bytes
-constexpr int kGroupBytes = kElementBytes * kAtomBytes;  // 8 tokens x 128 columns
+constexpr int kGroupBytes = kCacheBytes * kAtomBytes;  // 8 tokens x 128 columns
 constexpr int kQuarterBytes = kSpan / 8 * kGroupBytes;   // a span x 128 of the 512 latent columns, group by group
 
 // What the first multiplier hands to all warps.
@@ -75,17 +85,18 @@ struct Task {
 // Named barriers; 0 is __syncthreads.
 constexpr int kMultipliersBarrier = 1, kScorerBarrier = 2;
 
-constexpr int kRopeBytes = kSpan * kRope * kElementBytes;
-constexpr int kQueryQuarterBytes = kRows * 128 * kElementBytes;
+constexpr int kRopeBytes = kSpan * kRope * kCacheBytes;
+constexpr int kQueryQuarterBytes = kRows * 128 * kOperandBytes;
 constexpr int kRopeAt = kQuarterSlots * kQuarterBytes;
 constexpr int kQueryAt = kRopeAt + kRopeSlots * kRopeBytes;  // the quarters that are not in registers, then rope
-constexpr int kWeightsAt = kQueryAt + (4 - kQueryQuarters) * kQueryQuarterBytes + kRows * kRope * kElementBytes;
-constexpr int kWeightBytes = kRows * kSpan * kElementBytes;
+constexpr int kWeightsAt = kQueryAt + (4 - kQueryQuarters) * kQueryQuarterBytes + kRows * kRope * kOperandBytes;
+constexpr int kWeightBytes = kRows * kSpan * kOperandBytes;
 constexpr int kFactorsAt = kWeightsAt + kMessageSlots * kWeightBytes;
 constexpr int kFactorBytes = kRows * 4;
 constexpr int kChangesAt = kFactorsAt + kMessageSlots * kFactorBytes;
 constexpr int kRowScalesAt = kChangesAt + kMessageSlots * 16;
-constexpr int kTasksAt = kRowScalesAt + kRows * 4;
+constexpr int kExchangeAt = kRowScalesAt + kRows * 4;
+constexpr int kTasksAt = kExchangeAt + (kWidens ? kRows * 5 * 4 : 0);
 constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 96;
 constexpr int kRestingAt = kFeederAt + kFeederBytes;
 constexpr int kBarriersAt = kRestingAt + kThreads / kWarp * 4;
@@ -150,6 +161,9 @@ struct Shared {
     // Whether the factors of each scoring warp's rows are other than 1.
     static __device__ int* changes(int slot) { return reinterpret_cast<int*>(shared_memory + kChangesAt) + slot * 4; }
     static __device__ float* row_scales() { return reinterpret_cast<float*>(shared_memory + kRowScalesAt); }
+    // Of widened tiles: for each row of the query something of each scoring warp's, and then something of all.
+    static __device__ float4* of_warps() { return reinterpret_cast<float4*>(shared_memory + kExchangeAt); }
+    static __device__ float* of_rows() { return reinterpret_cast<float*>(of_warps() + kRows); }
     static __device__ uint8_t* weight_rows(int slot) { return shared_memory + kWeightsAt + slot * kWeightBytes; }
     static __device__ Task& task(int slot) { return reinterpret_cast<Task*>(shared_memory + kTasksAt)[slot]; }
     static __device__ Ring<kTaskSlots>& place_in_tasks() {  // this warp's
@@ -196,6 +210,11 @@ struct Shared {
     static __device__ uint32_t barrier(int i) { return smem_address(shared_memory) + kBarriersAt + i * 8; }
 };
 
+__device__ inline float k_scale_of(const Params& p) {
+    return !kTurned ? 1.f : p.k_scale ? *p.k_scale : p.k_scale_value;
+}
+__device__ inline bool out_is_fp16(const Params& p) { return kTurned ? p.q_is_fp16 : std::is_same_v<Element, fp16>; }
+
 // Of a scoring lane's two query rows the first; the second is 8 further. Worked out anew: registers are scarce.
 __device__ inline int first_row() {
     const unsigned thread = thread_anew() % kWarpgroup;
@@ -222,4 +241,19 @@ __device__ inline void warp_arrive_cluster(uint32_t barrier) {
             "r"(threadIdx.x % kWarp)
             : "memory");
     }
+}
+
+// Rows past the end of a request hold whatever the page holds, or an older span: with weight 0, but 0 x NaN is NaN. By
+// the scoring warps, for the span before `next`.
+__device__ inline void clear_rows_from(const Ring<kQuarterSlots>& next, int first) {
+    constexpr int kUnits = 8 * kCacheBytes;  // of 16 bytes in a quarter of a token
+#pragma unroll 1
+    for (int quarter = kQuarterSlots - 4; quarter < kQuarterSlots; ++quarter) {
+        uint8_t* to = shared_memory + next.after(quarter).at() * kQuarterBytes +
+                      threadIdx.x % kUnits / 8 * kAtomBytes + threadIdx.x % 8 * 16;
+#pragma unroll 1
+        for (int token = first + threadIdx.x % kWarpgroup / kUnits; token < kSpan; token += kWarpgroup / kUnits)
+            *reinterpret_cast<uint4*>(to + token / 8 * kGroupBytes + token % 8 * 128) = {0, 0, 0, 0};
+    }
+    fence_proxy_async();
 }

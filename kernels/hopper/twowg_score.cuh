@@ -7,6 +7,7 @@
 #include "twowg_product.cuh"
 #include "twowg_tasks.cuh"
 
+template <typename T>
 class Scorer {
   public:
     __device__ explicit Scorer(const Params& p) : p_(p), product_(p) {}
@@ -36,7 +37,7 @@ class Scorer {
 
     // Masks and weighs the scores of a span and sends P. The item has `tokens` more tokens, the request `left`.
     __device__ void weigh(float (&s)[kScores], int tokens, int left) {
-        if (tokens < kSpan) clear_rows_from(tokens);
+        if (tokens < kSpan) clear_rows_from(quarters_, tokens);
         if (min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kSpan) mask(s, tokens, left);
         float factor[2];
 #pragma unroll
@@ -89,20 +90,6 @@ class Scorer {
         }
     }
 
-    // Rows past the end of a request hold whatever the page holds, or an older span: with weight 0, but 0 x NaN is NaN.
-    __device__ void clear_rows_from(int first) const {
-        constexpr int kUnits = 8 * kElementBytes;  // of 16 bytes in a quarter of a token
-#pragma unroll 1
-        for (int quarter = kQuarterSlots - 4; quarter < kQuarterSlots; ++quarter) {
-            uint8_t* to = shared_memory + quarters_.after(quarter).at() * kQuarterBytes +
-                          threadIdx.x % kUnits / 8 * kAtomBytes + threadIdx.x % 8 * 16;
-#pragma unroll 1
-            for (int token = first + threadIdx.x % kWarpgroup / kUnits; token < kSpan; token += kWarpgroup / kUnits)
-                *reinterpret_cast<uint4*>(to + token / 8 * kGroupBytes + token % 8 * 128) = {0, 0, 0, 0};
-        }
-        fence_proxy_async();
-    }
-
     __device__ void mask(float (&s)[kScores], int tokens, int left) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -144,7 +131,7 @@ class Scorer {
             float total = total_[half];
             total += __shfl_xor_sync(~0u, total, 1);
             total += __shfl_xor_sync(~0u, total, 2);
-            norm[half] = total == 0.f ? 0.f : value_scale(p_) / total;
+            norm[half] = total == 0.f ? 0.f : k_scale_of(p_) / total;
             const float log_sum = total == 0.f ? -INFINITY : top_[half] - kWeightExponent + log2_approx(total);
             const int row = first_row() + 8 * half, rows = p_.s_q * p_.h_q;
             if (threadIdx.x % 4 == 0 && row < rows) {
@@ -159,7 +146,7 @@ class Scorer {
     }
 
     const Params& p_;
-    Product<Element> product_;
+    Product<T> product_;
     float top_[2], total_[2];  // running maximum, base 2; this lane's share of the sum of weights
     Ring<kQuarterSlots> quarters_;
     Ring<kRopeSlots> rope_;

@@ -63,7 +63,8 @@ def swapab_rows(cache_format: str) -> tuple[int, ...]:
     return SWAPAB_ROWS[:3] if cache_format == "fp8_ds_mla" else SWAPAB_ROWS
 
 
-PAIR_NAME = "pair_fp8"
+_TWOWG = {"bf16": "bf16", "fp16": "fp16", "fp8": "widened", "e4m3": "e4m3"}
+"""Of the 64-row kernel, a name and twowg.cu's: the cache's format, or e4m3 for fp8 caches that are multiplied as such."""
 
 
 def twowg_name(operands: str, cluster: int) -> str:
@@ -72,7 +73,7 @@ def twowg_name(operands: str, cluster: int) -> str:
 
 def _twowg(operands: str, cluster: int) -> Variant:
     name = twowg_name(operands, cluster)
-    defines = {"FUSEDMLA_TYPE": operands, "FUSEDMLA_CLUSTER": str(cluster), "FUSEDMLA_ENTRY": name}
+    defines = {"FUSEDMLA_TYPE": _TWOWG[operands], "FUSEDMLA_CLUSTER": str(cluster), "FUSEDMLA_ENTRY": name}
     return Variant(name, "twowg.cu", defines, max_registers=128, threads=512)
 
 
@@ -80,7 +81,6 @@ VARIANTS = {
     v.name: v
     for v in (
         *(_swapab(form, rows) for form in _FORMATS for rows in swapab_rows(form)),
-        Variant(PAIR_NAME, "pair.cu", {"FUSEDMLA_ENTRY": PAIR_NAME}),
-        *(_twowg(operands, cluster) for operands in ("bf16", "fp16", "e4m3") for cluster in (1, 2)),
+        *(_twowg(operands, cluster) for operands in _TWOWG for cluster in (1, 2)),
     )
 }

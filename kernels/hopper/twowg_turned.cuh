@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scoring warpgroup of the 64-row kernel where 8-bit caches are widened: S^T = K Q^T, so that K, too, comes from registers.
+//
+// A warp has 16 tokens of S^T; its lane 4g + j holds tokens g and g + 8, rows 8i + 2j and 8i + 2j + 1. Maxima are over
+// all tokens, so over warps. They are worked out only for a tile in which some score exceeds a row's reference by more
+// than FUSEDMLA_LAZY, or has none yet; otherwise the reference stays, and one vote is all that the warps have to agree on.
+#pragma once
+
+#include "twowg_score.cuh"
+#include "widen.cuh"
+
+// Whether a condition holds for any thread of the scoring warps, all of which call it.
+__device__ inline bool any_scorer(bool condition) {
+    uint32_t any;
+    asm volatile(
+        "{\n"
+        ".reg .pred in, out;\n"
+        "setp.ne.u32 in, %1, 0;\n"
+        "barrier.red.or.pred out, %2, %3, in;\n"
+        "selp.u32 %0, 1, 0, out;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(uint32_t(condition)), "n"(kScorerBarrier), "n"(kWarpgroup)
+        : "memory");
+    return any;
+}
+
+template <>
+class Scorer<widened> {
+  public:
+    __device__ explicit Scorer(const Params& p) : p_(p) {}
+
+    __device__ void run() {
+        Tasks::begin();
+        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done())
+            if (step == Step::kAttend) attend();
+    }
+
+  private:
+    static constexpr int kColumns = 16;  // query rows of a lane
+
+    // Of the lane's query rows; and where its scores of a row are, of the first token: the second's are 2 further.
+    __device__ static int row_of(int c) { return c / 2 * 8 + c % 2 + thread_anew() % 4 * 2; }
+    static constexpr __device__ int at(int c) { return c / 2 * 4 + c % 2; }
+
+    __device__ void attend() {
+        mbarrier_wait(Shared::query_full(), queries_++ & 1);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) top_[c] = total_[c] = 0.f;
+        unset_ = (1 << kColumns) - 1;
+        int left = Tasks::item().seq_len - Tasks::item().tile_begin * kTile;  // tokens of the request
+        const int after = max(Tasks::item().seq_len - Tasks::item().tile_end * kTile, 0);  // that are not of the item
+        for (; left > after; left -= kTile) {
+            float s[32];
+            score(s);
+            release_held();
+            weigh(s, left - after, left);
+        }
+        release_held();
+        finish(Tasks::item());
+    }
+
+    // Unscaled scores of the next tile, 32 columns at a time; one part is widened while the last is multiplied.
+    __device__ void score(float (&s)[32]) {
+        using Mma = Wgmma<fp16, kRows>;
+        constexpr int kLatentParts = 16, kParts = 18, kInFlight = FUSEDMLA_IN_FLIGHT;
+        const unsigned thread = thread_anew(), lane = thread % kWarp, token = thread / kWarp % 4 * 16 + lane % 16;
+        const uint32_t unit = (lane / 16 ^ (token & 7)) << 4, query = units_of(Shared::query());
+        uint32_t raw[2][4], a[kInFlight + 1][2][4];
+        const auto load = [&](int part) {
+            if (part < kLatentParts) {
+                if (part % 4 == 0) mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());
+                ldmatrix_x4(raw[part % 2], Shared::quarter(quarters_.at()) + token * 128 + (unit ^ part % 4 << 5));
+                if (part % 4 == 3) quarters_.advance();
+            } else {
+                if (part == kLatentParts) mbarrier_wait(Shared::rope_full(rope_.at()), rope_.phase());
+                ldmatrix_x4(raw[part % 2], Shared::rope(rope_.at()) + token * kRope + (((part - kLatentParts) * 2 + lane / 16 ^ (token >> 1 & 3)) << 4));
+            }
+        };
+        load(0);
+        keep_in_order(s);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            if (part + 1 < kParts) load(part + 1);
+            widen_steps(raw[part % 2], a[part % (kInFlight + 1)]);
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < 2; ++step)
+                Mma::registers(s, a[part % (kInFlight + 1)][step],
+                               descriptor<kAtomBytes>(query + part / 2 * (kBlockBytes >> 4) + (part % 2 * 2 + step) * 2),
+                               part + step > 0);
+            wgmma_commit();
+            wgmma_wait<kInFlight>();
+        }
+        wgmma_wait<0>();
+        keep_in_order(s);
+        warp_arrive_cluster(Shared::rope_empty(rope_.at()));
+        rope_.advance();
+    }
+
+    // Masks and weighs the scores of a tile and sends P. The item has `tokens` more tokens, the request `left`.
+    __device__ void weigh(float (&s)[32], int tokens, int left) {
+        if (tokens < kTile) clear_rows_from(quarters_, tokens);
+        relate(s);
+        if (min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kTile) mask(s, tokens, left);
+        float mosts[4] = {s[0], s[1], s[2], s[3]};
+#pragma unroll
+        for (int i = 4; i < 32; ++i) mosts[i % 4] = fmaxf(mosts[i % 4], s[i]);
+        const float most = fmaxf(fmaxf(mosts[0], mosts[1]), fmaxf(mosts[2], mosts[3]));
+        mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
+        const bool moves = any_scorer(most > FUSEDMLA_LAZY || unset_ != 0);
+        if (moves) raise_tops(s);
+        if (threadIdx.x % kWarp == 0) Shared::changes(message_.at())[threadIdx.x / kWarp] = moves;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) s[i] = exp2_approx(s[i]);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) total_[c] += s[at(c)] + s[at(c) + 2];
+        put_weights(s);
+        send();
+    }
+
+    // From scores to base 2, as differences from the references.
+    __device__ void relate(float (&s)[32]) const {
+#pragma unroll
+        for (int c = 0; c < kColumns; c += 2) {
+            const float2 scale = *reinterpret_cast<const float2*>(Shared::row_scales() + row_of(c));
+#pragma unroll
+            for (int token = 0; token < 4; token += 2) {
+                s[at(c) + token] = fmaf(s[at(c) + token], scale.x, -top_[c]);
+                s[at(c + 1) + token] = fmaf(s[at(c + 1) + token], scale.y, -top_[c + 1]);
+            }
+        }
+    }
+
+    __device__ void mask(float (&s)[32], int tokens, int left) const {
+        const int token = thread_anew() / kWarp % 4 * 16 + thread_anew() % kWarp / 4;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+            int limit = tokens;
+            if (p_.causal) limit = min(tokens, left - p_.s_q + 1 + divide(blockIdx.x * kRows + row_of(c), p_.h_q));
+            if (token >= limit) s[at(c)] = -INFINITY;
+            if (token + 8 >= limit) s[at(c) + 2] = -INFINITY;
+        }
+    }
+
+    // New references where scores exceed them, and the factors that bring O and the sums to them.
+    __device__ void raise_tops(float (&s)[32]) {
+        const unsigned thread = thread_anew() % kWarpgroup;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+            float most = fmaxf(s[at(c)], s[at(c) + 2]);
+#pragma unroll
+            for (int step = 4; step < kWarp; step <<= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+            if (thread % kWarp < 4) reinterpret_cast<float*>(Shared::of_warps() + row_of(c))[thread / kWarp] = most;
+        }
+        named_barrier_sync(kScorerBarrier, kWarpgroup);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+            const float4 of = Shared::of_warps()[row_of(c)];
+            const float most = fmaxf(fmaxf(of.x, of.y), fmaxf(of.z, of.w));
+            const bool first = unset_ >> c & 1;
+            const float rise = most > (first ? -INFINITY : FUSEDMLA_LAZY) ? most : 0.f;
+            const float factor = first ? 1.f : exp2_approx(-rise);  // of sums that are still 0
+            if (first && most > -INFINITY) unset_ &= ~(1 << c);
+            if (thread < 4) Shared::all_factors(message_.at())[row_of(c)] = factor;
+            top_[c] += rise;
+            total_[c] *= factor;
+            s[at(c)] -= rise, s[at(c) + 2] -= rise;
+        }
+    }
+
+    // P^T as a B operand: a row for each row of the query, with the tile's 64 tokens.
+    __device__ void put_weights(const float (&s)[32]) const {
+        const unsigned thread = thread_anew() % kWarpgroup, lane = thread % kWarp;
+        const unsigned row = lane % 8, unit = thread / kWarp * 2 + lane / 8 % 2;
+        const uint32_t to = smem_address(Shared::weight_rows(message_.at())) + row * 128 + ((unit ^ row) << 4);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            stmatrix_x2_trans(to + i * kAtomBytes, pack_16bit(s[4 * i], s[4 * i + 1], true),
+                              pack_16bit(s[4 * i + 2], s[4 * i + 3], true));
+        fence_proxy_async();
+    }
+
+    // What the multipliers have held back of the message before, so that the tensor cores have work during a softmax.
+    __device__ void release_held() { warp_arrive(Shared::go(message_.at() ^ 1)); }  // before the very first message too: see Shared
+
+    __device__ void send() {
+        __syncwarp();
+        warp_arrive(Shared::message_full(message_.at()));
+        message_.advance();
+    }
+
+    // The sums of the rows' weights: their logarithms to global memory, their inverses to the multipliers.
+    __device__ void finish(const Item& item) {
+        const unsigned thread = thread_anew() % kWarpgroup;
+        named_barrier_sync(kScorerBarrier, kWarpgroup);  // all have read the last maxima
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+            float total = total_[c];
+#pragma unroll
+            for (int step = 4; step < kWarp; step <<= 1) total += __shfl_xor_sync(~0u, total, step);
+            if (thread % kWarp < 4) reinterpret_cast<float*>(Shared::of_warps() + row_of(c))[thread / kWarp] = total;
+            if (thread < 4) Shared::of_rows()[row_of(c)] = top_[c];
+        }
+        mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
+        named_barrier_sync(kScorerBarrier, kWarpgroup);
+        if (thread < kRows) {
+            const float4 of = Shared::of_warps()[thread];
+            const float total = of.x + of.y + (of.z + of.w);
+            Shared::all_factors(message_.at())[thread] = total == 0.f ? 0.f : k_scale_of(p_) / total;
+            const float log_sum = total == 0.f ? -INFINITY : Shared::of_rows()[thread] + log2_approx(total);
+            const int row = blockIdx.x * kRows + thread, rows = p_.s_q * p_.h_q;
+            if (row < rows) {
+                if (item.slot < 0)
+                    p_.lse[int64_t(item.request) * rows + row] = log_sum * 0.6931471805599453f;
+                else
+                    __stcg(p_.partial_lse + int64_t(item.slot) * rows + row, log_sum);
+            }
+        }
+        send();
+    }
+
+    const Params& p_;
+    float top_[kColumns], total_[kColumns];  // reference, base 2; this lane's share of the sum of weights
+    uint32_t unset_;                         // a bit for each row that has not seen a key yet
+    unsigned queries_ = 0;
+    Ring<kQuarterSlots> quarters_;
+    Ring<kRopeSlots> rope_;
+    Ring<kMessageSlots> message_;
+};
