@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times MLA decode kernels, this project's and others', over a grid of launch shapes, and checks each result.
+"""Times MLA attention kernels, this project's and others', over a grid of launch shapes, and checks each result.
 
     python benchmarks/bench_decode.py --grid quick
+    python benchmarks/bench_decode.py --grid sparse --dtypes fp8_ds_mla,bf16 --json sparse.json
     python benchmarks/bench_decode.py --grid peers --dtypes bf16,fp8 --json run.json --csv run.csv
     python benchmarks/bench_decode.py --grid full --cases 'h16' --providers fusedmla,fa3 --compare old.json
 
@@ -16,11 +17,9 @@ import faulthandler
 import json
 import os
 import pathlib
-import platform
 import sys
 import time
 import traceback
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from benchmarks import check, providers, report
 from benchmarks.cases import CACHE_ROW_BYTES, GRIDS, select
 from benchmarks.inputs import Inputs, Pool
-from benchmarks.timing import Timer, capture, one_line
+from benchmarks.timing import Timer, capture, environment, one_line
 
 RESTARTS = 3
 
@@ -39,12 +38,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grid", choices=sorted(GRIDS), default="quick")
     parser.add_argument("--cases", metavar="REGEX", help="only cases of the grid whose name matches")
     parser.add_argument(
-        "--case", action="append", metavar="NAME", help="a case by name, e.g. 'b7 s_q2 h12 kv777 page32'"
+        "--case",
+        action="append",
+        metavar="NAME",
+        help="a case by name, e.g. 'b7 s_q2 h12 kv777 page32', 'b7 h12 topk64 kv777', 'prefill s9 h12 topk64 kv777'",
     )
+    known = list(dict.fromkeys([*providers.ALL, *providers.SPARSE]))
     parser.add_argument(
         "--providers",
-        default=",".join(providers.DEFAULT),
-        help=f"comma-separated, or 'all': {', '.join(providers.ALL)} (default: %(default)s)",
+        help=f"comma-separated, or 'all': {', '.join(known)} (default: {','.join(providers.DEFAULT)}; "
+        f"for the grid sparse {','.join(providers.DEFAULT_SPARSE)})",
     )
     parser.add_argument(
         "--dtypes",
@@ -64,35 +67,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--row-timeout", type=float, default=180.0, help="seconds after which a stuck row ends the run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    args.providers = list(providers.ALL) if args.providers == "all" else args.providers.split(",")
+    if args.providers is None:
+        args.providers = list(providers.DEFAULT_SPARSE if args.grid == "sparse" else providers.DEFAULT)
+    else:
+        args.providers = known if args.providers == "all" else args.providers.split(",")
     args.dtypes = args.dtypes.split(",")
     for name in args.providers:
-        if name not in providers.ALL:
-            parser.error(f"--providers: unknown {name!r}, choose from {', '.join(providers.ALL)}")
+        if name not in known:
+            parser.error(f"--providers: unknown {name!r}, choose from {', '.join(known)}")
     for dtype in args.dtypes:
         if dtype not in CACHE_ROW_BYTES:
             parser.error(f"--dtypes: unknown {dtype!r}, choose from {', '.join(CACHE_ROW_BYTES)}")
     if args.resume and not args.json:
         parser.error("--resume needs --json")
     return args
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What every row carries: device and versions."""
-    return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "triton": _module_version("triton"),
-    }
-
-
-def _module_version(name: str) -> str:
-    """Version of an importable module; what is imported can differ from what is installed."""
-    try:
-        return str(__import__(name).__version__)
-    except Exception:
-        return ""
 
 
 class Bench:
@@ -115,7 +103,7 @@ class Bench:
         if args.resume and args.json.exists():
             self.run = json.loads(args.json.read_text())
             self._close_unfinished_row()
-        self.loaded: dict[str, tuple[providers.Provider, str] | str] = {}
+        self.loaded: dict[tuple[str, bool], tuple[providers.Provider, str] | str] = {}
         self.timer = Timer(self.device, args.reps, args.flush)
 
     @property
@@ -169,27 +157,31 @@ class Bench:
             report.write_csv(self.args.csv, self.rows)
         return self.finish()
 
-    def provider(self, name: str) -> tuple[providers.Provider, str] | str:
+    def provider(self, name: str, sparse: bool) -> tuple[providers.Provider, str] | str:
         """The loaded provider and its version, or why there is none. Loaded on first use."""
-        if name not in self.loaded:
-            provider = providers.ALL[name]()
+        key = name, sparse
+        if key not in self.loaded:
+            provider = (providers.SPARSE if sparse else providers.ALL)[name]()
             try:
                 if self.device.type != "cuda" and not provider.runs_on_cpu():
                     raise providers.Unavailable("needs a CUDA device")
-                self.loaded[name] = provider, provider.load()
+                self.loaded[key] = provider, provider.load()
             except Exception as error:
-                self.loaded[name] = str(error) if isinstance(error, providers.Unavailable) else one_line(error)
+                self.loaded[key] = str(error) if isinstance(error, providers.Unavailable) else one_line(error)
                 if name in providers.FALLBACKS:
-                    stand_in = self.provider(providers.FALLBACKS[name])
+                    stand_in = self.provider(providers.FALLBACKS[name], sparse)
                     if not isinstance(stand_in, str):
-                        self.loaded[name] = stand_in
-        return self.loaded[name]
+                        self.loaded[key] = stand_in
+        return self.loaded[key]
 
     def row(self, x: Inputs, name: str, references: dict[str, check.Expected]) -> report.Row:
         """Measure one provider on one case. Never raises: what went wrong is in the row."""
         row: report.Row = {"case": x.case.name, "provider": name, "dtype": x.dtype, "status": "error", "note": ""}
         row |= self.environment
-        found = self.provider(name)
+        sparse = x.case.topk is not None
+        if name not in (providers.SPARSE if sparse else providers.ALL):
+            return row | {"status": "unsupported", "note": f"no {'sparse' if sparse else 'dense'} attention"}
+        found = self.provider(name, sparse)
         if isinstance(found, str):
             return row | {"status": "absent", "note": found}
         provider, row["version"] = found
@@ -218,7 +210,7 @@ class Bench:
                 which = "plain" if prepared.q is None else f"{name} query"
                 if which not in references:
                     references[which] = check.expected(x, prepared.q)
-                tolerance = (check.STRICT if provider.strict else check.PEER)[x.dtype]
+                tolerance = check.tolerance(x, provider.strict)
                 verdict = check.judge(*prepared.unpack(captured.result), references[which], tolerance)
                 row |= {
                     "status": "ok" if verdict.ok else "FAIL",
@@ -276,7 +268,7 @@ class Bench:
 
 def progress(row: report.Row) -> str:
     """One row as a line."""
-    head = f"{row['case']:<26} {row['provider']:<20} {row['dtype']:<10} "
+    head = f"{row['case']:<27} {row['provider']:<20} {row['dtype']:<10} "
     if "median_us" not in row:
         return f"{head} {row['status']}: {row['note']}"
     error = f" err {row['max_abs_error']:.1e} cos {row['cosine_difference']:.0e}" if "max_abs_error" in row else ""

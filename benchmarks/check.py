@@ -2,6 +2,7 @@
 """Whether a provider's result is right: against a float64 reference on the same quantised inputs, on a few requests."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ STRICT = {
     "fp8": Tolerance(1e-3, 2.01 / 128, 5e-6, 1e-6, 8.01 / 65536),
     "fp8_ds_mla": Tolerance(1e-3, 2.01 / 128, 5e-6, 1e-6, 8.01 / 65536),
 }
+_SPARSE_ABSOLUTE = 1e-3
 # Peers are not under test: enough to prove that they computed the same thing. Some round partial results or lse to
 # bf16; FlashMLA's fp8 kernel rounds the softmax weights to e4m3.
 PEER = {
@@ -34,6 +36,14 @@ PEER = {
     "fp8": Tolerance(2e-2, 1 / 4, 2e-3, 5e-2, 1e-2),
     "fp8_ds_mla": Tolerance(2e-2, 1 / 4, 2e-3, 5e-2, 1e-2),
 }
+
+
+def tolerance(x: Inputs, strict: bool) -> Tolerance:
+    """What a result is held to; sparse attention, as in FlashMLA's tests, to the absolute one of fp8."""
+    if not strict:
+        return PEER[x.dtype]
+    found = STRICT[x.dtype]
+    return found if x.slots is None else dataclasses.replace(found, absolute=_SPARSE_ABSOLUTE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +79,15 @@ def expected(x: Inputs, q: torch.Tensor | None = None) -> Expected:
         x: the case's inputs.
         q: the query as a kernel that quantises it sees it; x.q by default.
     """
-    from vllm_fusedmla.kernels import reference
+    from vllm_fusedmla.kernels import reference, sparse_reference
 
     requests = requests_to_check(x.lengths)
     query = (x.q if q is None else q)[requests].double()
-    out, lse = reference.mla_decode(
-        query,
-        x.cache,
-        x.block_table[requests],
-        x.seq_lens[requests],
-        sm_scale=x.sm_scale,
-        k_scale=x.k_scale.double(),
-        compute_dtype=torch.float64,
-    )
-    return Expected(requests, out, lse)
+    options: dict[str, Any] = {"sm_scale": x.sm_scale, "k_scale": x.k_scale.double(), "compute_dtype": torch.float64}
+    if x.slots is not None:
+        return Expected(requests, *sparse_reference.mla_sparse_decode(query, x.cache, x.slots[requests], **options))
+    lists = x.block_table[requests], x.seq_lens[requests]
+    return Expected(requests, *reference.mla_decode(query, x.cache, *lists, **options))
 
 
 def judge(out: torch.Tensor, lse: torch.Tensor, want: Expected, tolerance: Tolerance) -> Verdict:

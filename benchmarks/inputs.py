@@ -17,6 +17,7 @@ KEY_STD = 0.1
 FP8_K_SCALE = 0.0173 * KEY_STD
 """Scale of the fp8 cache: no power of two, and 448 * 0.0173 = 7.8 standard deviations lie inside e4m3's range."""
 _ROWS_AT_A_TIME = 1 << 16
+_VALUES_AT_A_TIME = 1 << 26
 
 
 @dataclasses.dataclass
@@ -31,6 +32,8 @@ class Inputs:
         block_table: ``[b, max_pages]`` int32, unused entries 0.
         seq_lens: ``[b]`` int32 on the device; `lengths` is the same on the host.
         k_scale: 0-dim float32; 1 but for fp8.
+        indices: for sparse cases ``[b, s_q, topk]`` int32, random distinct positions of the request in random order.
+        slots: the same keys as rows of the flattened cache.
     """
 
     case: Case
@@ -42,6 +45,8 @@ class Inputs:
     lengths: list[int]
     k_scale: torch.Tensor
     sm_scale: float = D_QK**-0.5
+    indices: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
 
     @property
     def max_len(self) -> int:
@@ -89,6 +94,11 @@ class Pool:
             table[row, :count] = order[end - count : end]
         lengths = case.seq_lens()
         q = torch.randn(case.b, case.s_q, case.h_q, D_QK, device=self._device, generator=self._generator) / KEY_STD
+        indices = slots = None
+        if case.topk is not None:
+            indices = random_positions(case.b * case.s_q, case.seq_lens()[0], case.topk, self._generator)
+            indices = indices.view(case.b, case.s_q, case.topk)
+            slots = slots_of(indices, table, case.page_size)
         return Inputs(
             case=case,
             dtype=dtype,
@@ -98,7 +108,25 @@ class Pool:
             seq_lens=torch.tensor(lengths, dtype=torch.int32, device=self._device),
             lengths=lengths,
             k_scale=torch.tensor(FP8_K_SCALE if dtype == "fp8" else 1.0, device=self._device),
+            indices=indices,
+            slots=slots,
         )
+
+
+def random_positions(lists: int, kv: int, topk: int, generator: torch.Generator) -> torch.Tensor:
+    """``[lists, topk]`` int32: `topk` distinct positions below `kv` in random order, for each list anew."""
+    chosen = torch.empty(lists, topk, dtype=torch.int32, device=generator.device)
+    for part in chosen.split(max(_VALUES_AT_A_TIME // kv, 1)):
+        keys = torch.rand(part.shape[0], kv, device=generator.device, generator=generator)
+        part.copy_(keys.argsort(1)[:, :topk])
+    return chosen
+
+
+def slots_of(indices: torch.Tensor, block_table: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Positions of requests ``[b, s_q, topk]`` as rows of the flattened cache, int32."""
+    flat = indices.flatten(1).long()
+    page = block_table.gather(1, flat // page_size)
+    return (page * page_size + flat % page_size).int().view_as(indices)
 
 
 def _to_fp8(rows: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,9 @@ import csv
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, Protocol
 
-from benchmarks.cases import Case
+from benchmarks import targets
 
 Row = dict[str, Any]
 REGRESSION = 0.05
@@ -15,7 +15,15 @@ REGRESSION = 0.05
 OURS = "fusedmla"
 
 
-def figures(case: Case, dtype: str, median_us: float, ceilings: dict[str, float]) -> Row:
+class Counted(Protocol):
+    """A case: what any kernel must move and compute."""
+
+    def min_bytes(self, dtype: str) -> int: ...
+
+    def flops(self) -> int: ...
+
+
+def figures(case: Counted, dtype: str, median_us: float, ceilings: dict[str, float]) -> Row:
     """GB/s, TFLOP/s and their shares of the measured copy, read and matmul ceilings (absent where not measured)."""
     seconds = median_us * 1e-6
     gbs = case.min_bytes(dtype) / seconds / 1e9
@@ -75,7 +83,10 @@ def time_text(row: Row | None) -> str:
 
 
 def table(rows: list[Row], dtype: str, peers_of: str = OURS) -> str:
-    """Cases down, providers across, median microseconds; then our figures, and the best peer's time over ours."""
+    """Cases down, providers across, median microseconds; then our figures, and the best peer's time over ours.
+
+    With a last column for what that ratio is to be, if any of the cases has such a target.
+    """
     chosen = [row for row in rows if row["dtype"] == dtype]
     found = {key(row): row for row in chosen}
     cases = list(dict.fromkeys(row["case"] for row in chosen))
@@ -85,6 +96,8 @@ def table(rows: list[Row], dtype: str, peers_of: str = OURS) -> str:
         if any(row["provider"] == name and row["status"] != "absent" for row in chosen)
     ]
     header = [f"{dtype}: case, median us", *names, "GB/s", "% copy", "% read", "TF/s", "% mma", "peer/ours"]
+    aims = {case: targets.RATIOS[case, dtype] for case in cases if (case, dtype) in targets.RATIOS}
+    header += ["target"] if aims else []
     lines = []
     for case in cases:
         ours = found.get((case, peers_of, dtype))
@@ -101,6 +114,8 @@ def table(rows: list[Row], dtype: str, peers_of: str = OURS) -> str:
             ]
         else:
             line += [""] * 6
+        if aims:
+            line.append(f"{aims[case]:.1f}" if case in aims else "")
         lines.append(line)
     return markdown(header, lines)
 

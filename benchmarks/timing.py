@@ -7,6 +7,7 @@ size of L2. It also keeps the device busy while the host enqueues the events and
 """
 
 import dataclasses
+import platform
 import statistics
 import subprocess
 import time
@@ -50,19 +51,30 @@ def percentile(values: list[float], fraction: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-def floating_tensors(result: Any) -> list[torch.Tensor]:
-    """The float tensors in a call's result (a tensor, or nested tuples and lists of them)."""
+def result_tensors(result: Any) -> list[torch.Tensor]:
+    """The tensors of numbers in a call's result (a tensor, or nested tuples and lists of them)."""
     if isinstance(result, torch.Tensor):
-        return [result] if result.is_floating_point() else []
+        return [result] if result.is_floating_point() or result.dtype == torch.int32 else []
     if isinstance(result, (tuple, list)):
-        return [tensor for part in result for tensor in floating_tensors(part)]
+        return [tensor for part in result for tensor in result_tensors(part)]
     return []
+
+
+def spoil(tensor: torch.Tensor) -> None:
+    """Overwrite with what no kernel writes everywhere: NaN, or the smallest integer."""
+    tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+
+
+def spoiled(tensor: torch.Tensor) -> bool:
+    """Whether nothing was written since `spoil`."""
+    untouched = tensor.isnan() if tensor.is_floating_point() else tensor == torch.iinfo(tensor.dtype).min
+    return bool(untouched.all())
 
 
 def capture(call: Callable[[], Any], device: torch.device, use_graph: bool = True) -> Captured:
     """Warm the call up, then capture it. Falls back to plain launches, with the reason in `note`.
 
-    A graph counts only if its replay overwrites results filled with NaN: work launched on a stream that was not being
+    A graph counts only if its replay overwrites results that were spoiled: work launched on a stream that was not being
     captured would otherwise be timed as nothing.
     """
     for _ in range(WARM_UP):
@@ -77,12 +89,12 @@ def capture(call: Callable[[], Any], device: torch.device, use_graph: bool = Tru
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = call()
-        tensors = floating_tensors(captured)
+        tensors = result_tensors(captured)
         for tensor in tensors:
-            tensor.fill_(float("nan"))
+            spoil(tensor)
         graph.replay()
         torch.cuda.synchronize()
-        if not tensors or any(bool(tensor.isnan().all()) for tensor in tensors):
+        if not tensors or any(spoiled(tensor) for tensor in tensors):
             raise RuntimeError("the replay did not write its results")
     except Exception as error:
         torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream current
@@ -90,6 +102,24 @@ def capture(call: Callable[[], Any], device: torch.device, use_graph: bool = Tru
         return Captured(call, call(), "events", f"no graph: {one_line(error)}")
     # The graph object must outlive its replays: the bound method keeps it.
     return Captured(graph.replay, captured, "graph")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What every row carries: device and versions."""
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "triton": _module_version("triton"),
+    }
+
+
+def _module_version(name: str) -> str:
+    """Version of an importable module; what is imported can differ from what is installed."""
+    try:
+        return str(__import__(name).__version__)
+    except Exception:
+        return ""
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:

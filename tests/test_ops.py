@@ -72,6 +72,20 @@ def test_flash_mla_takes_quantised_queries(device):
     assert_matches(problem, out, lse.transpose(1, 2))
 
 
+def test_flash_mla_in_batch_invariant_mode(problem):
+    q, cache, table, lens = problem.arguments()
+    want, want_lse = run(ops.mla_decode, problem, batch_invariant=True)
+    meta = ops.get_mla_metadata()[0]
+    for _ in range(2):
+        out, lse = ops.flash_mla_with_kvcache(
+            q, cache.unsqueeze(2), table, lens, 512, meta, causal=True, enable_batch_invariant=True
+        )
+        assert torch.equal(out, want) and torch.equal(lse[::2].transpose(1, 2), want_lse[::2])
+    older = ops.get_mla_metadata(lens, 8, 1)
+    with pytest.raises(ValueError, match="schedule must come from decode_schedule"):
+        ops.flash_mla_with_kvcache(q, cache.unsqueeze(2), table, lens, 512, *older, enable_batch_invariant=True)
+
+
 def test_flash_mla_reads_rows_with_their_own_scales(device):
     problem = make_problem([30, 90], h_q=4, cache_format="fp8_ds_mla", device=device)
     q, cache, table, lens = problem.arguments()
@@ -153,8 +167,12 @@ def test_flash_mla_refuses_what_it_does_not_have(problem):
         ops.flash_mla_with_kvcache(q, cache, table, lens)
     with pytest.raises(ValueError, match="head_dim_v must be 512, got 256"):
         ops.flash_mla_with_kvcache(q, cache.unsqueeze(2), table, lens, 256)
-    with pytest.raises(NotImplementedError, match="sparse"):
-        ops.flash_mla_with_kvcache(q, cache.unsqueeze(2), table, lens, indices=table)
+    with pytest.raises(NotImplementedError, match="DeepSeek-V4"):
+        ops.flash_mla_with_kvcache(q, cache.unsqueeze(2), table, lens, extra_k_cache=cache.unsqueeze(2))
+    with pytest.raises(ValueError, match="attn_sink and topk_length must be None without indices"):
+        ops.flash_mla_with_kvcache(q, cache.unsqueeze(2), table, lens, topk_length=lens)
+    with pytest.raises(ValueError, match="block_table and cache_seqlens must be given without indices"):
+        ops.flash_mla_with_kvcache(q, cache.unsqueeze(2), None, None)
     with pytest.raises(ValueError, match="num_heads_k must be 1 for MLA, got 2"):
         ops.get_mla_metadata(lens, 8, 2)
     with pytest.raises(ValueError, match="num_q_tokens_per_head_k must be"):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public Python API: MLA decode as a torch.library operator, and FlashMLA's two functions.
+"""The public Python API: MLA attention as torch.library operators, and FlashMLA's functions.
 
-`mla_decode` is one call; `get_mla_metadata` and `flash_mla_with_kvcache` take FlashMLA's arguments (both its
-generations, github.com/deepseek-ai/FlashMLA), so that its users switch by changing an import. CUDA tensors run the
-kernels, CPU tensors the PyTorch reference.
+`mla_decode`, `mla_sparse_decode` and `mla_sparse_prefill` are one call each; `get_mla_metadata`,
+`flash_mla_with_kvcache` and `flash_mla_sparse_fwd` take FlashMLA's arguments (both its generations,
+github.com/deepseek-ai/FlashMLA), so that its users switch by changing an import. CUDA tensors run the kernels, CPU
+tensors the PyTorch reference.
 """
 
 from dataclasses import dataclass
@@ -11,10 +12,14 @@ from typing import Any
 
 import torch
 
+from .checks import check_block_table, check_cache, check_query, require, require_contiguous, scale_parts
 from .kernels import layout, reference
 from .kernels.plan import decode_plan
 from .kernels.schedule import ITEM_FIELDS, ScheduleParams, TileSchedule, build_schedule, build_schedule_host
-from .kernels.select import MAX_H_Q, MAX_S_Q
+from .kernels.select import MAX_S_Q
+from .sparse_ops import flash_mla_sparse_fwd as flash_mla_sparse_fwd
+from .sparse_ops import mla_sparse_decode as mla_sparse_decode
+from .sparse_ops import mla_sparse_prefill as mla_sparse_prefill
 
 _METADATA_WIDTH = 8  # columns of FlashMLA's tile_scheduler_metadata
 
@@ -65,22 +70,15 @@ def mla_decode(
     b, s_q, h_q, _ = q.shape
     out = q.new_empty(b, s_q, h_q, layout.D_V) if out is None else out
     lse = torch.empty(b, s_q, h_q, dtype=torch.float32, device=q.device) if lse is None else lse
-    _require("out", out, (b, s_q, h_q, layout.D_V), "[b, s_q, h_q, 512]", q.dtype, q.device)
-    _require("lse", lse, (b, s_q, h_q), "[b, s_q, h_q]", torch.float32, q.device)
-    for name, result in (("out", out), ("lse", lse)):
-        if not result.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {list(result.stride())}")
-    if not isinstance(k_scale, torch.Tensor):
-        k_scale, k_scale_value = None, 1.0 if k_scale is None else float(k_scale)
-    else:
-        k_scale_value = 1.0
+    require("out", out, (b, s_q, h_q, layout.D_V), "[b, s_q, h_q, 512]", q.dtype, q.device)
+    require("lse", lse, (b, s_q, h_q), "[b, s_q, h_q]", torch.float32, q.device)
+    require_contiguous(out=out, lse=lse)
     if schedule is not None:
         _check_schedule(schedule, b, _plan_params(s_q * h_q, layout.cache_format(cache), seq_lens, batch_invariant))
     parts = (None, None, None) if schedule is None else (schedule.program_begin, schedule.items, schedule.num_splits)
     modes = (causal, batch_invariant, fp8_mma)
-    torch.ops.fusedmla.mla_decode(
-        q, cache, block_table, seq_lens, out, lse, k_scale, k_scale_value, sm_scale, *modes, *parts
-    )
+    scale = scale_parts(k_scale)
+    torch.ops.fusedmla.mla_decode(q, cache, block_table, seq_lens, out, lse, *scale, sm_scale, *modes, *parts)
     return out, lse
 
 
@@ -172,21 +170,23 @@ def get_mla_metadata(
         num_heads_k: 1.
         num_heads_q: not needed.
         is_fp8_kvcache: whether the cache will be fp8 of width 576. For one of width 656 give no arguments.
-        topk: must be None; sparse attention is not part of this release.
+        topk: entries of a token's list in sparse attention, which needs no schedule: the result is a placeholder.
 
     Returns:
         tile_scheduler_metadata, ``[n, 8]`` int32, and num_splits, ``[b + 1]`` int32; both of fixed shape for a batch
         size, so that they can be copied into buffers of a CUDA graph. Their content is this project's own.
     """
-    if topk is not None:
-        raise NotImplementedError("get_mla_metadata: sparse attention (topk) is not supported yet")
     if num_heads_k != 1:
         raise ValueError(f"num_heads_k must be 1 for MLA, got {num_heads_k}")
     if cache_seqlens is None:
         return FlashMLASchedMeta(), None
+    if topk is not None:
+        shapes = (1, _METADATA_WIDTH), (cache_seqlens.numel() + 1,)
+        metadata, num_splits = (cache_seqlens.new_zeros(shape, dtype=torch.int32) for shape in shapes)
+        return metadata, num_splits
     if num_q_tokens_per_head_k is None:
         raise ValueError("num_q_tokens_per_head_k must be s_q * h_q // h_k, got None")
-    _require("cache_seqlens", cache_seqlens, (cache_seqlens.numel(),), "[b]", torch.int32, cache_seqlens.device)
+    require("cache_seqlens", cache_seqlens, (cache_seqlens.numel(),), "[b]", torch.int32, cache_seqlens.device)
     if not cache_seqlens.is_contiguous():
         raise ValueError(f"cache_seqlens must be contiguous, got stride {cache_seqlens.stride(0)}")
     built = _schedule(cache_seqlens, num_q_tokens_per_head_k, "fp8" if is_fp8_kvcache else "bf16")
@@ -209,8 +209,8 @@ def _unpack_metadata(metadata: torch.Tensor, num_splits: torch.Tensor, params: S
 def flash_mla_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
     head_dim_v: int = layout.D_V,
     tile_scheduler_metadata: torch.Tensor | FlashMLASchedMeta | None = None,
     num_splits: torch.Tensor | None = None,
@@ -218,76 +218,94 @@ def flash_mla_with_kvcache(
     causal: bool = False,
     is_fp8_kvcache: bool = False,
     indices: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    extra_k_cache: torch.Tensor | None = None,
+    extra_indices_in_kvcache: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    extra_topk_length: torch.Tensor | None = None,
     *,
     descale_q: torch.Tensor | None = None,
     descale_k: torch.Tensor | None = None,
+    enable_batch_invariant: bool = False,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashMLA's dense decode with its arguments.
+    """FlashMLA's decode with its arguments: dense, or sparse if `indices` are given.
 
     Args:
         q: ``[b, s_q, h_q, 576]`` bf16 or fp16; e4m3 with `descale_q` is taken too and computed in bf16.
         k_cache: ``[num_blocks, page_block_size, 1, 576]`` bf16, fp16, or e4m3 or uint8 with `descale_k`; or
             ``[num_blocks, page_block_size, 1, 656]`` uint8, as in `mla_decode`.
-        block_table: ``[b, max_num_blocks_per_seq]`` int32.
-        cache_seqlens: ``[b]`` int32.
+        block_table: ``[b, max_num_blocks_per_seq]`` int32; not used, and may be None, in sparse attention.
+        cache_seqlens: ``[b]`` int32; not used, and may be None, in sparse attention.
         head_dim_v: 512.
-        tile_scheduler_metadata, num_splits: from `get_mla_metadata`; built here if None.
+        tile_scheduler_metadata, num_splits: from `get_mla_metadata`; built here if None; not used in sparse attention.
         softmax_scale: ``576 ** -0.5`` by default.
-        causal: as in `mla_decode`; FlashMLA's default is False.
-        is_fp8_kvcache: not needed, the cache's dtype tells.
-        indices: must be None; sparse attention is not part of this release.
+        causal: as in `mla_decode`; FlashMLA's default is False. Sparse attention cannot be causal: the lists decide.
+        is_fp8_kvcache: not needed, the cache's dtype tells. Unlike FlashMLA's, sparse attention takes any cache.
+        indices: ``[b, s_q, topk]`` int32, slots ``page * page_block_size + offset`` of the keys that a token attends
+            to; negative entries and entries outside the cache name no key. Any topk, any h_q up to 128.
+        attn_sink: ``[h_q]`` float32, only with `indices`, as in `mla_sparse_decode`; so is topk_length, ``[b]`` int32.
+        extra_k_cache, extra_indices_in_kvcache, extra_topk_length: must be None, they belong to DeepSeek-V4.
         descale_q, descale_k: float32 tensors of one element.
+        enable_batch_invariant: `batch_invariant` of `mla_decode` and `mla_sparse_decode`; a dense call takes no
+            metadata of older FlashMLA's form then.
         out: ``[b, s_q, h_q, 512]``, allocated if not given.
 
     Returns:
-        out ``[b, s_q, h_q, 512]`` and lse ``[b, h_q, s_q]`` float32. As in FlashMLA and unlike `mla_decode`, the lse of
-        a row without any key is +inf.
+        out ``[b, s_q, h_q, 512]`` and lse ``[b, h_q, s_q]`` float32, natural logarithm, without the sink. As in
+        FlashMLA and unlike `mla_decode`, the lse of a row without any key is +inf.
     """
-    if indices is not None:
-        raise NotImplementedError("flash_mla_with_kvcache: sparse attention (indices) is not supported yet")
     if head_dim_v != layout.D_V:
         raise ValueError(f"head_dim_v must be {layout.D_V}, got {head_dim_v}")
     if k_cache.dim() != 4 or k_cache.shape[2] != 1:
         expected = "[num_blocks, page_block_size, 1, 576]"
         raise ValueError(f"k_cache must have shape {expected}, got {list(k_cache.shape)}")
+    extra = (extra_k_cache, extra_indices_in_kvcache, extra_topk_length)
+    if any(argument is not None for argument in extra):
+        raise NotImplementedError("flash_mla_with_kvcache: extra_k_cache (DeepSeek-V4) is not supported")
     if q.dtype == torch.float8_e4m3fn:
         q = (q.float() * (1.0 if descale_q is None else descale_q)).to(torch.bfloat16)
     cache = k_cache.squeeze(2)
-    schedule = None
-    if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
-        if tile_scheduler_metadata.schedule is None and q.device.type == "cuda":
-            tile_scheduler_metadata.schedule = decode_schedule(cache_seqlens, q.shape[1], q.shape[2], cache)
-        schedule = tile_scheduler_metadata.schedule
-    elif tile_scheduler_metadata is not None:
-        if num_splits is None:
-            raise ValueError("num_splits must come with tile_scheduler_metadata, got None")
-        name = layout.cache_format(cache)
-        if name == "fp8_ds_mla":  # is_fp8_kvcache, and so the metadata, is about the other fp8 format
-            raise ValueError("tile_scheduler_metadata of a k_cache of width 656 must come from get_mla_metadata()")
-        params = _plan_params(q.shape[1] * q.shape[2], name, cache_seqlens)
-        schedule = _unpack_metadata(tile_scheduler_metadata, num_splits, params)
-    result, lse = mla_decode(
-        q,
-        cache,
-        block_table,
-        cache_seqlens,
-        sm_scale=softmax_scale,
-        causal=causal,
-        k_scale=descale_k,
-        schedule=schedule,
-        out=out,
-    )
+    shared: dict[str, Any] = {"sm_scale": softmax_scale, "k_scale": descale_k, "out": out}
+    shared["batch_invariant"] = enable_batch_invariant
+    if indices is not None:
+        if causal:
+            raise ValueError("causal must be False with indices, which say what a token attends to, got True")
+        result, lse = mla_sparse_decode(q, cache, indices, topk_length=topk_length, attn_sink=attn_sink, **shared)
+    else:
+        if attn_sink is not None or topk_length is not None:
+            raise ValueError("attn_sink and topk_length must be None without indices")
+        if block_table is None or cache_seqlens is None:
+            raise ValueError("block_table and cache_seqlens must be given without indices, got None")
+        schedule = _flash_mla_schedule(
+            tile_scheduler_metadata, num_splits, q, cache, cache_seqlens, enable_batch_invariant
+        )
+        result, lse = mla_decode(q, cache, block_table, cache_seqlens, causal=causal, schedule=schedule, **shared)
     return result, lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)
 
 
-def _require(name, tensor, shape, meaning, dtype, device) -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {meaning} = {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on q's device {device}, got {tensor.device}")
+def _flash_mla_schedule(
+    metadata: torch.Tensor | FlashMLASchedMeta | None,
+    num_splits: torch.Tensor | None,
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    batch_invariant: bool,
+) -> TileSchedule | None:
+    """The schedule that metadata of either generation of FlashMLA stands for."""
+    if metadata is None:
+        return None
+    s_q, h_q = q.shape[1:3]
+    if isinstance(metadata, FlashMLASchedMeta):
+        if metadata.schedule is None and q.device.type == "cuda":
+            metadata.schedule = decode_schedule(seq_lens, s_q, h_q, cache, batch_invariant=batch_invariant)
+        return metadata.schedule
+    if num_splits is None:
+        raise ValueError("num_splits must come with tile_scheduler_metadata, got None")
+    name = layout.cache_format(cache)
+    if name == "fp8_ds_mla":  # is_fp8_kvcache, and so the metadata, is about the other fp8 format
+        raise ValueError("tile_scheduler_metadata of a k_cache of width 656 must come from get_mla_metadata()")
+    return _unpack_metadata(metadata, num_splits, _plan_params(s_q * h_q, name, seq_lens))
 
 
 def _check_schedule(schedule: TileSchedule, b: int, params: ScheduleParams) -> None:
@@ -303,43 +321,14 @@ def _check_schedule(schedule: TileSchedule, b: int, params: ScheduleParams) -> N
 
 def _check(q, cache, block_table, seq_lens, k_scale) -> None:
     """Refuse what the kernels cannot take; reads shapes and dtypes only, so it costs no synchronisation."""
-    if q.dim() != 4 or q.shape[-1] != layout.D_QK:
-        raise ValueError(f"q must have shape [b, s_q, h_q, {layout.D_QK}], got {list(q.shape)}")
-    b, s_q, h_q, _ = q.shape
+    check_query(q, f"[b, s_q, h_q, {layout.D_QK}]")
+    b, s_q, _, _ = q.shape
     if not 1 <= s_q <= MAX_S_Q:
         raise ValueError(f"q must have 1 <= s_q <= {MAX_S_Q}, got s_q = {s_q} in shape {list(q.shape)}")
-    if not 1 <= h_q <= MAX_H_Q:
-        raise ValueError(f"q must have 1 <= h_q <= {MAX_H_Q}, got h_q = {h_q} in shape {list(q.shape)}")
-    on_gpu = q.device.type == "cuda"
-    dtypes = (torch.bfloat16, torch.float16) + (() if on_gpu else (torch.float32, torch.float64))
-    if q.dtype not in dtypes:
-        raise ValueError(f"q must be {' or '.join(map(str, dtypes))}, got {q.dtype}")
-    if q.stride(-1) != 1:
-        raise ValueError(f"q must be contiguous in its last dimension, got strides {list(q.stride())}")
-    name = layout.cache_format(cache)
+    check_cache(cache, q, k_scale)
     if cache.shape[1] % 16:
         raise ValueError(f"cache must have a page_size that is a multiple of 16, got {cache.shape[1]}")
-    if on_gpu and name not in ("bf16", "fp16", "fp8", "fp8_ds_mla"):
-        raise ValueError(f"cache must be bf16, fp16, fp8 or fp8_ds_mla on a GPU, got {name}")
-    if on_gpu and not name.startswith("fp8") and cache.dtype != q.dtype:
-        raise ValueError(f"cache must be fp8 or have q's dtype {q.dtype}, got {cache.dtype}")
-    if on_gpu and name == "fp8_ds_mla" and q.dtype != torch.bfloat16:
-        raise ValueError(f"q must be torch.bfloat16 for an fp8_ds_mla cache, whose rope part is, got {q.dtype}")
-    if cache.stride(0) % 16:
-        raise ValueError(f"cache must have a page stride that is a multiple of 16 elements, got {cache.stride(0)}")
-    if block_table.dim() != 2 or block_table.shape[0] != b:
-        raise ValueError(f"block_table must have shape [b, max_pages] = [{b}, *], got {list(block_table.shape)}")
-    if block_table.stride(1) != 1 and block_table.shape[1] > 1:
-        raise ValueError(f"block_table must have contiguous rows, got strides {list(block_table.stride())}")
-    _require("block_table", block_table, block_table.shape, "[b, max_pages]", torch.int32, q.device)
-    _require("seq_lens", seq_lens, (b,), "[b]", torch.int32, q.device)
+    check_block_table(block_table, b, q.device)
+    require("seq_lens", seq_lens, (b,), "[b]", torch.int32, q.device)
     if not seq_lens.is_contiguous():
         raise ValueError(f"seq_lens must be contiguous, got stride {seq_lens.stride(0)}")
-    if cache.device != q.device:
-        raise ValueError(f"cache must be on q's device {q.device}, got {cache.device}")
-    if isinstance(k_scale, torch.Tensor):
-        if k_scale.numel() != 1 or k_scale.dtype != torch.float32 or k_scale.device != q.device:
-            raise ValueError(
-                f"k_scale must be one float32 on q's device {q.device}, got {list(k_scale.shape)} {k_scale.dtype} "
-                f"on {k_scale.device}"
-            )

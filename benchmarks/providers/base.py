@@ -90,6 +90,12 @@ def need_page_64(x: Inputs) -> None:
         raise Unsupported("page size 64 only")
 
 
+def sparse_lists(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sparse case's lists of keys: positions within requests, and rows of the flattened cache."""
+    assert x.indices is not None and x.slots is not None
+    return x.indices, x.slots
+
+
 def flat(x: Inputs, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Results over flattened query rows, [b * s_q, h_q, ...], as [b, s_q, h_q, ...]."""
     shape = (x.case.b, x.case.s_q, x.case.h_q)

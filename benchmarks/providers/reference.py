@@ -4,7 +4,7 @@
 import torch
 
 from benchmarks.inputs import Inputs
-from benchmarks.providers.base import Prepared, Provider
+from benchmarks.providers.base import Prepared, Provider, sparse_lists
 
 
 class Reference(Provider):
@@ -26,5 +26,23 @@ class Reference(Provider):
     def prepare(self, x: Inputs) -> Prepared:
         def call():
             return self._decode(x.q, x.cache, x.block_table, x.seq_lens, sm_scale=x.sm_scale, k_scale=x.k_scale)
+
+        return Prepared(call, lambda result: (result[0], result[1]), "none")
+
+
+class SparseReference(Reference):
+    """The same for sparse attention."""
+
+    def load(self) -> str:
+        from vllm_fusedmla.kernels import sparse_reference
+
+        self._attend = sparse_reference.mla_sparse_decode
+        return f"torch {torch.__version__}"
+
+    def prepare(self, x: Inputs) -> Prepared:
+        slots = sparse_lists(x)[1]
+
+        def call():
+            return self._attend(x.q, x.cache, slots, sm_scale=x.sm_scale, k_scale=x.k_scale)
 
         return Prepared(call, lambda result: (result[0], result[1]), "none")

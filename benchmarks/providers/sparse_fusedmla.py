@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This project's sparse attention."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.cases import D_V
+from benchmarks.inputs import Inputs
+from benchmarks.providers.base import Prepared, Provider, Unavailable, Unsupported, sparse_lists
+
+if TYPE_CHECKING:
+    from vllm_fusedmla.kernels.sparse_plan import SparsePlan
+
+
+class SparseFusedMLA(Provider):
+    """This project's kernel, on slots of the cache as the peers have them."""
+
+    name = "fusedmla"
+    dtypes: tuple[str, ...] = ("bf16", "fp8", "fp8_ds_mla")
+    strict = True
+
+    def runs_on_cpu(self) -> bool:
+        return os.environ.get("TRITON_INTERPRET") == "1"
+
+    def load(self) -> str:
+        try:
+            from vllm_fusedmla.kernels import sparse_decode, sparse_plan
+        except ImportError as error:
+            raise Unavailable(f"vllm_fusedmla does not import: {error}") from error
+        self._ops, self._plan = sparse_decode, sparse_plan
+        import vllm_fusedmla
+
+        return f"vllm_fusedmla {vllm_fusedmla.__version__}"
+
+    def plan_for(self, x: Inputs) -> "SparsePlan":
+        """The kernel and launch shape for a case: what a server would get."""
+        return self._plan.sparse_plan(x.case.h_q, x.dtype, x.q.device, prefill=x.case.prefill)
+
+    def lists(self, x: Inputs) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Lists of keys, and the arguments that say what their entries mean."""
+        return sparse_lists(x)[1], {}
+
+    def prepare(self, x: Inputs) -> Prepared:
+        case, device = x.case, x.q.device
+        plan = self.plan_for(x)
+        indices, meaning = self.lists(x)
+        shapes = plan.workspace_shapes(case.b, case.s_q, case.h_q)
+        workspace = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+        rows = (case.b, case.s_q, case.h_q)
+        out = torch.empty(*rows, D_V, dtype=x.q.dtype, device=device)
+        lse = torch.empty(rows, dtype=torch.float32, device=device)
+        options = {"sm_scale": x.sm_scale, "k_scale": x.k_scale, "plan": plan, "workspace": workspace}
+        if case.prefill:
+            kv, max_logits = x.cache.flatten(0, 1), torch.empty_like(lse)
+            results = {"out": out[0], "max_logits": max_logits[0], "lse": lse[0]}
+
+            def call():
+                return self._ops.mla_sparse_prefill(x.q[0], kv, indices[0], **options, **results)
+
+        else:
+            results = {"out": out, "lse": lse}
+
+            def call():
+                return self._ops.mla_sparse_decode(x.q, x.cache, indices, **meaning, **options, **results)
+
+        chosen = plan.config
+        config = (
+            f"{chosen.kernel} {chosen.block_h}x{chosen.block_n} warps {chosen.num_warps} stages {chosen.num_stages} "
+            f"programs/SM {chosen.programs_per_sm}"
+        )
+        return Prepared(call, lambda result: (out, lse), "none", config=config)
+
+
+class SparseFusedMLAPositions(SparseFusedMLA):
+    """The same on positions within requests and a block table: a server decodes what the indexer wrote as it is."""
+
+    name = "fusedmla-positions"
+
+    def lists(self, x: Inputs) -> tuple[torch.Tensor, dict[str, Any]]:
+        if x.case.prefill:
+            raise Unsupported("prefill reads slots")
+        return sparse_lists(x)[0], {"block_table": x.block_table}
+
+
+class SparseFusedMLAPortable(SparseFusedMLA):
+    """The portable Triton kernel, also where a kernel for this very GPU would be chosen."""
+
+    name = "fusedmla-portable"
+
+    def plan_for(self, x: Inputs) -> "SparsePlan":
+        from vllm_fusedmla.kernels.common import device_facts
+        from vllm_fusedmla.kernels.select import select_sparse
+
+        arch, num_sms = device_facts(x.q.device)
+        return self._plan.make_sparse_plan(select_sparse(arch, x.case.h_q, x.dtype), x.case.h_q, num_sms, False)
