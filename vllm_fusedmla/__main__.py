@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .evaluation import cli as evaluation
 
 H200 = ((9, 0), 132)
 """Compute capability and multiprocessors to draw for where there is no GPU."""
@@ -66,6 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     schedule.add_argument("--block-n", type=positive, help="tokens of a KV tile (default: the kernel's)")
     schedule.add_argument("--out", type=Path, default=Path("schedule.svg"), help=".svg or .png (default schedule.svg)")
     schedule.set_defaults(run=run_schedule)
+
+    evaluate = commands.add_parser("eval", help="compare a model's answers between backends and KV caches")
+    evaluation.add_arguments(evaluate)
+    evaluate.set_defaults(run=evaluation.main)
     return parser
 
 

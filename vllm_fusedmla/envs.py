@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .kernels.select import MAX_S_Q
@@ -62,6 +63,15 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     # DeepGEMM is not installed. Holds for every attention backend of the process.
     "VLLM_FUSEDMLA_INDEXER": _choice("VLLM_FUSEDMLA_INDEXER", "auto", ("auto", "0", "1")),
 }
+
+
+def count_dir() -> Path | None:
+    """Folder in which each process keeps count of the tokens it decodes (`counts`), from FUSEDMLA_COUNT_DIR.
+
+    Not one of vLLM's variables: those are part of its compilation cache's key, and a folder of a run must not be.
+    """
+    folder = os.environ.get("FUSEDMLA_COUNT_DIR")
+    return Path(folder) if folder else None
 
 
 def register(table: MutableMapping[str, Callable[[], Any]]) -> None:

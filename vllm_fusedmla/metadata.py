@@ -17,25 +17,13 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from . import envs
+from .counts import DecodeCounter
 from .kernels.plan import DecodePlan
 from .kernels.schedule import ScheduleParams, TileSchedule, allocate_schedule, build_schedule
 from .kernels.select import MAX_S_Q
 from .limits import DecodeLimits, decode_threshold
 
-
-class DecodeCounter:
-    """Tokens that this process has sent through `FusedMLAImpl.forward_mqa`, over all layers.
-
-    Under full CUDA graphs Python runs when a graph is captured, not when it is replayed: then `tokens` counts the
-    warm-up and the captures. `FusedMLAMetadataBuilder` runs in every step, so `scheduled` goes on counting.
-    """
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.scheduled = 0
-
-
-decode_tokens = DecodeCounter()
+decode_tokens = DecodeCounter("dense")
 
 
 def uses_reference() -> bool:
@@ -104,6 +92,7 @@ class FusedMLAMetadataBuilder(MLACommonMetadataBuilder[FusedMLAMetadata]):
             if not metadata.plan.on_hopper:
                 metadata.schedule = self._buffers(metadata.plan.params).narrow(seq_lens_device.shape[0])
                 build_schedule(seq_lens_device, metadata.plan.params, metadata.schedule)
+        decode_tokens.record("reference" if metadata.plan is None else metadata.plan.config.kernel, num_tokens)
         return metadata
 
     def _buffers(self, params: ScheduleParams) -> TileSchedule:

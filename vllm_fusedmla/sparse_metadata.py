@@ -20,10 +20,11 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from . import compat, indexer, plugin
+from .counts import DecodeCounter
 from .limits import SparseLimits, decode_threshold
-from .metadata import DecodeCounter, uses_reference
+from .metadata import uses_reference
 
-sparse_tokens = DecodeCounter()
+sparse_tokens = DecodeCounter("sparse")
 """Tokens through `FusedMLASparseImpl.forward_mqa`, decoded and prefilled; `scheduled` counts those of the steps."""
 
 
@@ -161,6 +162,8 @@ class FusedMLASparseMetadataBuilder(SparseMLACommonMetadataBuilder[FusedMLASpars
     ) -> FusedMLASparseMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         sparse_tokens.scheduled += metadata.num_actual_tokens
+        kernel = "reference" if uses_reference() else self._limits.plan(self.device).config.kernel
+        sparse_tokens.record(kernel, metadata.num_decode_tokens)
         length = uniform_query_len(
             common_attn_metadata.query_start_loc_cpu, metadata.num_decodes, metadata.num_decode_tokens
         )

@@ -115,6 +115,13 @@ def make_example(rng: random.Random, links: int, hops: int, filler_tokens: int =
     return Example(prompt=" ".join([*pieces, QUERY, walk[0]]), answer=" ".join(walk[1:]))
 
 
+def example(rng: random.Random, *, links: int = 64, hops: int = 64, total: int | None = 1024) -> tuple[str, str]:
+    """One prompt and its answer, of `total` tokens together (None: no filler), as the other tasks' `example`."""
+    filler = 0 if total is None else filler_for_length(links, hops, total)
+    made = make_example(rng, links, hops, filler)
+    return made.prompt, made.answer
+
+
 def correct_hops(example: Example, completion: str) -> int:
     """How many leading words of `completion` agree with the answer; equal to the answer's length when all is right."""
     count = 0

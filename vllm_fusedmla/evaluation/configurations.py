@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a comparison runs, and which runs are compared with which."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from typing import Any
+
+OURS = "FUSEDMLA"
+PAIR_KINDS = {
+    "rerun": "The first configuration run twice: the noise floor",
+    "backend": "The first backend against the others",
+    "reference": "The other backends among each other: what kernels may differ by",
+    "cache": "KV cache dtypes of one backend",
+    "variant": "Variants of one backend",
+    "fault": "A fault injected on purpose against the same without",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One engine: `tasks` with lm-eval, or else teacher forcing."""
+
+    backend: str
+    kv_cache_dtype: str
+    variant: str = ""
+    rerun: bool = False
+    fault: str = ""
+    teacher: bool = False
+
+    @property
+    def configuration(self) -> str:
+        """What is compared: the name without the kind of work."""
+        parts = [self.backend, self.kv_cache_dtype, self.variant, "rerun" * self.rerun]
+        return "-".join(part for part in parts if part) + (f"+{self.fault}" if self.fault else "")
+
+    @property
+    def name(self) -> str:
+        """Name of the run's files."""
+        return re.sub(r"[^A-Za-z0-9_.+-]", "_", self.configuration) + (".teacher" if self.teacher else ".tasks")
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.backend, self.kv_cache_dtype, self.variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A whole comparison. The first backend is the one in question.
+
+    Attributes:
+        variants: engine options by name; "" are those of `settings` alone.
+        faults: ``NAME[:KV_CACHE_DTYPE[:VARIANT]]``, for the first backend.
+        kinds: of work: tasks, teacher forcing, or both.
+    """
+
+    backends: tuple[str, ...]
+    kv_cache_dtypes: tuple[str, ...]
+    variants: tuple[str, ...] = ("",)
+    faults: tuple[str, ...] = ()
+    kinds: tuple[bool, ...] = (False, True)
+
+    def __post_init__(self) -> None:
+        known = {run.key for run in self._clean()}
+        for run in self._faulty():
+            if run.key not in known:
+                raise ValueError(f"fault {run.fault}: {'-'.join(filter(None, run.key))} is not among the runs")
+
+    def _clean(self) -> list[Run]:
+        return [
+            Run(backend, dtype, variant)
+            for dtype in self.kv_cache_dtypes
+            for variant in self.variants
+            for backend in self.backends
+        ]
+
+    def _faulty(self) -> list[Run]:
+        runs = []
+        for spec in self.faults:
+            name, *where = spec.split(":")
+            dtype, variant = (*where, *("" for _ in range(2 - len(where))))
+            runs.append(Run(self.backends[0], dtype or self.kv_cache_dtypes[0], variant, fault=name))
+        return runs
+
+    @property
+    def configurations(self) -> list[Run]:
+        """Of each configuration one run; the first's rerun second, so that an unfinished comparison has it."""
+        first, *others = self._clean()
+        return [first, dataclasses.replace(first, rerun=True), *others, *self._faulty()]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All engines to start."""
+        return [dataclasses.replace(run, teacher=teacher) for run in self.configurations for teacher in self.kinds]
+
+    def pairs(self) -> list[tuple[str, Run, Run]]:
+        """Kind, base and other of every comparison; `other` is the one in question."""
+        found = []
+        for base in self.configurations:
+            for other in self.configurations:
+                kind = self._kind(base, other)
+                if kind:
+                    found.append((kind, base, other))
+        order = list(PAIR_KINDS)
+        return sorted(found, key=lambda pair: order.index(pair[0]))
+
+    def _kind(self, base: Run, other: Run) -> str | None:
+        if base == other or base.fault or base.rerun:
+            return None
+        if other.rerun:
+            return "rerun" if base.key == other.key else None
+        if other.fault:
+            return "fault" if base.key == other.key else None
+        first = self.backends[0]
+        same = [a == b for a, b in zip(base.key, other.key, strict=True)]
+        if same == [False, True, True]:
+            if other.backend == first:
+                return "backend"
+            names = self.backends
+            in_order = names.index(base.backend) < names.index(other.backend)
+            return "reference" if first not in (base.backend, other.backend) and in_order else None
+        if same == [True, False, True]:
+            return "cache" if base.kv_cache_dtype == self.kv_cache_dtypes[0] else None
+        if same == [True, True, False]:
+            return "variant" if base.variant == self.variants[0] else None
+        return None
+
+
+def task_file(task: str) -> str:
+    """Name of the file with a task's results; lm-eval takes patterns and paths as tasks too."""
+    return "task." + re.sub(r"[^A-Za-z0-9_.+-]", "_", task) + ".json"
+
+
+_NOT_THE_RUNS = ("tasks", "margin", "kl_limit", "name")  # each task has a file of its own; the rest judges results
+_NOT_THE_TEACHERS = ("limit", "num_fewshot", "gen_kwargs", "apply_chat_template", "confirm_run_unsafe_code")
+
+
+def fingerprint(run: Run, settings: dict[str, Any]) -> str:
+    """Equal for runs that may stand in for each other: same engine, same work."""
+    left_out = (*_NOT_THE_RUNS, *_NOT_THE_TEACHERS) if run.teacher else (*_NOT_THE_RUNS, "teacher")
+    ours = {name: value for name, value in settings.items() if name not in left_out}
+    # Of all variants, the run's own options alone.
+    ours["variants"] = settings["variants"].get(run.variant, {})
+    text = json.dumps([dataclasses.asdict(run), ours], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
