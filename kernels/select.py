@@ -70,13 +70,18 @@ _SPARSE_TABLE = (
     ((8, 0), (99, 9), _SIXTEEN_BIT, MAX_H_Q, (16, 32, 4, 2, 1, 1, 2), 8),
     ((8, 0), (99, 9), _FP8 + _DS_MLA, MAX_H_Q, (16, 32, 4, 2, 2, 1, 2), 4),
 )
-HOPPER_KERNELS = ("swapab", "twowg", "twowg_e4m3")
+HOPPER_KERNELS = ("swapab", "twowg", "twowg_e4m3", "twowg_rows", "twowg_gather")
 """Names of the CUDA kernels in hopper/."""
 _HOPPER_TABLE = (
     # caches | most rows | kernel, query rows of a block
     *((_SIXTEEN_BIT + _FP8, rows, ("swapab", rows)) for rows in (8, 16, 24, 32)),
-    *((_DS_MLA, rows, ("swapab", block)) for rows, block in ((8, 8), (16, 16), (24, 24), (32, 16), (_ANY_ROWS, 24))),
+    *((_DS_MLA, rows, ("swapab", block)) for rows, block in ((8, 8), (16, 16), (24, 24), (32, 16))),
     (_SIXTEEN_BIT + _FP8, _ANY_ROWS, ("twowg", 64)),
+    (_DS_MLA, _ANY_ROWS, ("twowg_rows", 64)),
+)
+_HOPPER_SPARSE_TABLE = (
+    # caches | fewest heads | kernel, heads of a block
+    (_DS_MLA, 1, ("twowg_gather", 64)),
 )
 _HOPPER_TILE, _HOPPER_WARPS = 64, 12
 LARGEST_TILE = max(_HOPPER_TILE, *(values[1] for *_, values in _TABLE))
@@ -121,7 +126,7 @@ def select_portable(arch: tuple[int, int], rows: int, cache_format: str) -> Deco
     raise ValueError(f"no dense decode kernel for compute capability {arch[0]}.{arch[1]} and {rows} query rows")
 
 
-def select_sparse(arch: tuple[int, int], h_q: int, cache_format: str) -> DecodeConfig:
+def select_sparse(arch: tuple[int, int], h_q: int, cache_format: str, hopper: bool = False) -> DecodeConfig:
     """Choose the sparse attention kernel; arguments as of `select_decode`, `rows` of it is ``h_q``.
 
     Raises:
@@ -129,6 +134,11 @@ def select_sparse(arch: tuple[int, int], h_q: int, cache_format: str) -> DecodeC
     """
     if cache_format not in _SIXTEEN_BIT + _FP8 + _DS_MLA:
         raise ValueError(f"sparse attention on a GPU reads bf16, fp16, fp8 and fp8_ds_mla caches, not {cache_format}")
+    if hopper and arch == (9, 0):
+        for caches, fewest_heads, (kernel, block_h) in _HOPPER_SPARSE_TABLE:
+            if cache_format in caches and h_q >= fewest_heads:
+                reason = f"compute capability 9.0, {h_q} query heads, {cache_format} cache"
+                return DecodeConfig(kernel, block_h, _HOPPER_TILE, _HOPPER_WARPS, 0, 1, 1, 1, reason)
     for least, most, caches, most_rows, values, groups in _SPARSE_TABLE:
         if least <= arch <= most and cache_format in caches and h_q <= most_rows:
             reason = f"compute capability {arch[0]}.{arch[1]}, {h_q} query heads, {cache_format} cache"

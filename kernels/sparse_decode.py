@@ -8,12 +8,13 @@ import torch
 
 from . import layout
 from .combine import combine
-from .common import LOG2_E, dependent_launch, interpreted
+from .common import LOG2_E, dependent_launch, device_facts, interpreted
+from .dense_decode import hopper_takes
 from .reference import split_query
 from .schedule import TileSchedule
-from .select import DecodeConfig
+from .select import DecodeConfig, select_sparse
 from .sparse_decode_kernel import apply_sink_kernel, sparse_kernel
-from .sparse_plan import SparsePlan, sparse_plan
+from .sparse_plan import SparsePlan, make_sparse_plan, sparse_plan
 
 
 def mla_sparse_decode(
@@ -138,6 +139,15 @@ def _attend(
     tokens, topk = b * s_q, indices.shape[2]
     if tokens == 0:
         return
+    sm_scale = layout.D_QK**-0.5 if sm_scale is None else sm_scale
+    name = layout.cache_format(cache)
+    if plan.on_hopper and (max_logits is not None or not hopper_takes(q_nope, q_rope, cache, sm_scale)):
+        plan, workspace = portable_plan(plan, h_q, name, q_nope.device), None
+    if plan.on_hopper:
+        _attend_on_hopper(
+            q_nope, q_rope, cache, indices, topk_length, block_table, sm_scale, attn_sink, plan, workspace, out, lse
+        )
+        return
     config, params = plan.config, plan.params
     pieces, piece_tiles = plan.pieces(tokens, topk)
     split = pieces > 1
@@ -150,7 +160,6 @@ def _attend(
     partial_max = max_logits
     if max_logits is not None and split:
         partial_max = max_logits.new_empty(tokens, pieces, h_q)
-    name = layout.cache_format(cache)
     if block_table is None and cache.stride(0) == cache.shape[1] * cache.stride(1):
         cache = cache.flatten(0, 1).unsqueeze(1)  # slots are rows: no division by the page size
     eight_bit = name in ("fp8", "fp8_ds_mla")
@@ -160,7 +169,6 @@ def _attend(
     stride_unit = 8 if page_stride % 8 == 0 else 1
     # [b] counts for all s_q rows of a request
     length_strides = (0, 0) if topk_length is None else (*topk_length.stride(), 0)[:2]
-    sm_scale = layout.D_QK**-0.5 if sm_scale is None else sm_scale
     row_blocks = -(-h_q // config.block_h)
     sparse_kernel[(row_blocks * tokens * pieces,)](
         q_nope,
@@ -215,6 +223,50 @@ def _attend(
     # `combine` wants to know where each token's pieces end, and nothing else of a schedule
     combine(partial_out, partial_lse, TileSchedule(num_splits, num_splits, num_splits), params, out_rows, lse_rows)
     if attn_sink is not None:
-        apply_sink_kernel[(tokens * h_q,)](out, lse, attn_sink, H_Q=h_q, **dependent_launch(device), num_warps=1)
+        apply_sink(out, lse, attn_sink)
     if max_logits is not None and partial_max is not None:
         torch.amax(partial_max, 1, out=max_logits)
+
+
+def apply_sink(out: torch.Tensor, lse: torch.Tensor, attn_sink: torch.Tensor) -> None:
+    """Lets the sinks take their part of results that were computed without them."""
+    h_q = lse.shape[-1]
+    apply_sink_kernel[(lse.numel(),)](out, lse, attn_sink, H_Q=h_q, **dependent_launch(out.device), num_warps=1)
+
+
+def portable_plan(plan: SparsePlan, h_q: int, cache_format: str, device: torch.device) -> SparsePlan:
+    """The portable kernel's plan for a call that the Hopper kernels do not take."""
+    arch, num_sms = device_facts(device)
+    params = plan.params
+    return make_sparse_plan(
+        select_sparse(arch, h_q, cache_format), h_q, num_sms, params.batch_invariant, params.max_splits
+    )
+
+
+def _attend_on_hopper(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    sm_scale: float,
+    attn_sink: torch.Tensor | None,
+    plan: SparsePlan,
+    workspace: tuple[torch.Tensor, ...] | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    from .hopper.sparse import list_lengths, sparse_decode  # here, for they need the driver's interface
+
+    b, s_q, h_q, _ = q_nope.shape
+    device = q_nope.device
+    if workspace is None:
+        shapes = plan.workspace_shapes(b, s_q, h_q)[:2]
+        workspace = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+    lengths = list_lengths(topk_length, b, s_q, indices.shape[2], device)
+    sparse_decode(
+        q_nope, q_rope, cache, indices, lengths, block_table, out, lse, workspace, plan=plan, sm_scale=sm_scale
+    )
+    if attn_sink is not None:
+        apply_sink(out, lse, attn_sink)

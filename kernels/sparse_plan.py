@@ -9,10 +9,11 @@ from functools import lru_cache
 
 import torch
 
+from . import hopper
 from .common import device_facts
 from .layout import D_V
 from .schedule import ScheduleParams
-from .select import DecodeConfig, select_sparse
+from .select import HOPPER_KERNELS, DecodeConfig, select_sparse
 
 _MAX_WAVES = 3
 """Pieces, where there is more than one a token, are at most this many times the programs that run at once."""
@@ -52,6 +53,11 @@ class SparsePlan:
     config: DecodeConfig
     params: ScheduleParams
 
+    @property
+    def on_hopper(self) -> bool:
+        """Whether a CUDA kernel of hopper/ serves the launch: it schedules itself and merges split lists by itself."""
+        return self.config.kernel in HOPPER_KERNELS
+
     def pieces(self, tokens: int, topk: int) -> tuple[int, int]:
         """How many pieces a list of `topk` entries is cut into when there are `tokens` lists, and tiles of a piece."""
         return _pieces(self.params, tokens, topk)
@@ -62,6 +68,8 @@ class SparsePlan:
         The last one holds integers.
         """
         params = self.params
+        if self.on_hopper:
+            return self.shapes_for(hopper.max_slots(params, b * s_q), b * s_q, h_q)
         slots = b * s_q * params.max_splits if params.batch_invariant else _MAX_WAVES * params.num_programs
         return self.shapes_for(slots, b * s_q, h_q)
 
@@ -76,22 +84,36 @@ def make_sparse_plan(
 ) -> SparsePlan:
     """Plan for a kernel configuration on a GPU of `num_sms` multiprocessors."""
     programs = max(num_sms * config.programs_per_sm // -(-h_q // config.block_h), 1)
+    if config.kernel in HOPPER_KERNELS:
+        programs = min(programs, hopper.MAX_PROGRAMS)
     params = ScheduleParams(programs, config.block_n, config.fixed_tiles, config.min_tiles, batch_invariant, max_splits)
     return SparsePlan(config, params)
 
 
 @lru_cache(maxsize=256)
 def sparse_plan(
-    h_q: int, cache_format: str, device: torch.device, batch_invariant: bool = False, prefill: bool = False
+    h_q: int,
+    cache_format: str,
+    device: torch.device,
+    batch_invariant: bool = False,
+    prefill: bool = False,
+    portable: bool = False,
 ) -> SparsePlan:
     """Plan for a launch shape; the same for any number of tokens, so that captured graphs may share buffers.
+
+    Makes a Hopper kernel ready for launches, or plans for the portable one where that fails.
 
     Args:
         h_q, cache_format: of the launches to come.
         device: theirs; a CPU with Triton's interpreter poses as a small Hopper.
         batch_invariant: the same bits for a token whatever else is in the launch.
         prefill: many tokens are to be expected, so batch-invariant launches do not split at all.
+        portable: take the portable kernel, whether or not another is preferred.
     """
     arch, num_sms = device_facts(device)
     max_splits = 1 if prefill else _INVARIANT_PIECES
-    return make_sparse_plan(select_sparse(arch, h_q, cache_format), h_q, num_sms, batch_invariant, max_splits)
+    compiled = device.type == "cuda" and not portable and hopper.available()
+    config = select_sparse(arch, h_q, cache_format, compiled)
+    if config.kernel in HOPPER_KERNELS and not hopper.loads(config, cache_format, h_q, device):
+        config = select_sparse(arch, h_q, cache_format)
+    return make_sparse_plan(config, h_q, num_sms, batch_invariant, max_splits)

@@ -162,7 +162,7 @@ def test_kernels_of_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         assert report.problems == [] and report.facts["Hopper kernels"] == {"compiled for sm_90a": "present"}
         return [kernel.split(",")[0] for kernel in report.facts["dense decode"].values()]
 
-    assert named() == ["swapab", "twowg", "twowg", "swapab", "pair"]
+    assert named() == ["swapab", "twowg", "twowg", "swapab", "twowg"]
     assert named(FP8_MMA="1") == ["swapab", "twowg", "twowg", "swapab", "twowg_e4m3"]
     assert named(KERNEL="portable") == ["triton"] * 5
     refused = probe_kernels_of((9, 0), monkeypatch, loads=False)

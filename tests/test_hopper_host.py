@@ -48,7 +48,7 @@ def test_every_shape_gets_a_kernel_that_is_compiled(cache_format, fp8_mma):
         assert (config.kernel == "twowg_e4m3") == (fp8_mma and cache_format == "fp8" and rows > 32)
         if rows <= 8 * len(swapab_rows(cache_format)):
             assert config.kernel == "swapab" and rows <= config.block_h < rows + 8, "one block, no row wasted"
-        if cache_format == "fp8_ds_mla":
+        if config.kernel == "swapab":
             assert config.block_h in swapab_rows(cache_format)
 
 
@@ -59,6 +59,10 @@ def test_every_kernel_serves_some_shape():
             for fp8_mma in (False, True):
                 config = select.select_decode(HOPPER, rows, cache_format, hopper=True, fp8_mma=fp8_mma)
                 used.add(hopper.variant_of(config, cache_format, rows))
+    for h_q in range(1, select.MAX_H_Q + 1):
+        config = select.select_sparse(HOPPER, h_q, "fp8_ds_mla", hopper=True)
+        if config.kernel in select.HOPPER_KERNELS:
+            used.add(hopper.variant_of(config, "fp8_ds_mla", h_q))
     assert used == set(VARIANTS)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense decode for compute capability 9.0 in CUDA C++: compiled when the wheel is built, launched through the driver.
+"""Decode for compute capability 9.0 in CUDA C++: compiled when the wheel is built, launched through the driver.
 
-What is here is pure Python; `decode` and `launch` need a CUDA build of torch.
+What is here is pure Python; `decode`, `sparse` and `launch` need a CUDA build of torch.
 """
 
 import importlib.util
@@ -74,6 +74,8 @@ def variant_of(config: Any, cache_format: str, rows: int) -> str:
     """Name of the compiled kernel for a `DecodeConfig` of this folder's kernels and `rows` query rows a request."""
     if config.kernel == "swapab":
         return variants.swapab_name(cache_format, config.block_h)
+    if config.kernel in ("twowg_rows", "twowg_gather"):
+        return variants.ROWS_NAME if config.kernel == "twowg_rows" else variants.GATHER_NAME
     return variants.twowg_name("e4m3" if config.kernel == "twowg_e4m3" else cache_format, cluster(config, rows))
 
 
@@ -85,7 +87,7 @@ def row_blocks(config: Any, rows: int) -> int:
 
 def cluster(config: Any, rows: int) -> int:
     """CTAs that share the copies of a tile."""
-    return 2 if config.kernel.startswith("twowg") and rows > config.block_h else 1
+    return 2 if config.kernel in ("twowg", "twowg_e4m3") and rows > config.block_h else 1
 
 
 def max_slots(params: ScheduleParams, b: int) -> int:

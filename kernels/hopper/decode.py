@@ -8,6 +8,8 @@ import torch
 from .. import layout
 from ..common import LOG2_E
 from ..plan import DecodePlan
+from ..schedule import ScheduleParams
+from ..select import DecodeConfig
 from . import cluster as cluster_size
 from . import launch, row_blocks, variant_of
 from .params import Params, Schedule, Strides
@@ -53,6 +55,36 @@ def twowg_tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
     return tuple(blocks(0, 64, layout.D_QK // 64, copied) for copied in (2, 1))
 
 
+def launch_params(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    workspace: tuple[torch.Tensor, ...],
+    config: DecodeConfig,
+    schedule: ScheduleParams,
+    sm_scale: float,
+) -> tuple[Params, torch.Tensor]:
+    """What all launches have: query, lengths, results, schedule. Also the counters, to be kept until the launch."""
+    b, s_q, h_q, _ = q_nope.shape
+    p = Params()
+    p.q_nope, p.q_rope, p.out, p.lse = q_nope.data_ptr(), q_rope.data_ptr(), out.data_ptr(), lse.data_ptr()
+    p.seq_lens = seq_lens.data_ptr()
+    p.partial_out, p.partial_lse = workspace[0].data_ptr(), workspace[1].data_ptr()
+    arrivals = launch.counters(b * row_blocks(config, s_q * h_q))
+    p.arrivals = arrivals.data_ptr()
+    p.q_nope_stride = Strides(*q_nope.stride()[:3])
+    p.q_rope_stride = Strides(*q_rope.stride()[:3])
+    p.schedule = Schedule(
+        b, schedule.num_programs, schedule.fixed_tiles, schedule.min_tiles, schedule.min_tiles,
+        schedule.batch_invariant, schedule.max_splits,
+    )  # fmt: skip
+    p.scale_log2 = sm_scale * LOG2_E
+    p.s_q, p.h_q, p.q_is_fp16 = s_q, h_q, q_nope.dtype == torch.float16
+    return p, arrivals
+
+
 def decode(
     q_nope: torch.Tensor,
     q_rope: torch.Tensor,
@@ -69,31 +101,23 @@ def decode(
     k_scale: float | torch.Tensor,
 ) -> None:
     """Launch on the current device and stream; arguments as in `dense_decode.mla_decode`, none left out."""
-    b, s_q, h_q, _ = q_nope.shape
-    params, config, rows = plan.params, plan.config, s_q * h_q
+    s_q, h_q = q_nope.shape[1:3]
+    config, rows = plan.config, s_q * h_q
     name = layout.cache_format(cache)
-    blocks, cluster = row_blocks(config, rows), cluster_size(config, rows)
-    maps = twowg_tensor_maps(cache, name) if config.kernel.startswith("twowg") else tensor_maps(cache, name)
-    p = Params()
-    for field, encoded in zip(("latent", "rope", "scales"), maps, strict=False):
-        ctypes.memmove(getattr(p, field), encoded, 128)
-    p.q_nope, p.q_rope, p.out, p.lse = q_nope.data_ptr(), q_rope.data_ptr(), out.data_ptr(), lse.data_ptr()
-    p.block_table, p.seq_lens = block_table.data_ptr(), seq_lens.data_ptr()
-    p.partial_out, p.partial_lse = workspace[0].data_ptr(), workspace[1].data_ptr()
-    arrivals = launch.counters(b * blocks)  # alive until the launch
-    p.arrivals = arrivals.data_ptr()
+    cluster = cluster_size(config, rows)
+    p, arrivals = launch_params(q_nope, q_rope, seq_lens, out, lse, workspace, config, plan.params, sm_scale)
+    if config.kernel == "twowg_rows":
+        p.cache, p.page_stride = cache.data_ptr(), cache.stride(0) * cache.element_size()
+    else:
+        maps = twowg_tensor_maps(cache, name) if config.kernel.startswith("twowg") else tensor_maps(cache, name)
+        for field, encoded in zip(("latent", "rope", "scales"), maps, strict=False):
+            ctypes.memmove(getattr(p, field), encoded, 128)
+    p.block_table, p.table_stride = block_table.data_ptr(), block_table.stride(0)
     if isinstance(k_scale, torch.Tensor):
         p.k_scale = k_scale.data_ptr()
     else:
         p.k_scale_value = k_scale
-    p.q_nope_stride = Strides(*q_nope.stride()[:3])
-    p.q_rope_stride = Strides(*q_rope.stride()[:3])
-    p.table_stride = block_table.stride(0)
-    p.schedule = Schedule(
-        b, params.num_programs, params.fixed_tiles, params.min_tiles, params.min_tiles, params.batch_invariant,
-        params.max_splits,
-    )  # fmt: skip
-    p.scale_log2 = sm_scale * LOG2_E
-    p.s_q, p.h_q, p.causal, p.page_size = s_q, h_q, causal and s_q > 1, cache.shape[1]
-    p.q_is_fp16 = q_nope.dtype == torch.float16
-    launch.launch(variant_of(config, name, rows), p, (blocks, params.num_programs), cluster)
+    p.causal, p.page_size = causal and s_q > 1, cache.shape[1]
+    grid = row_blocks(config, rows), plan.params.num_programs
+    launch.launch(variant_of(config, name, rows), p, grid, cluster)
+    del arrivals  # alive until the launch

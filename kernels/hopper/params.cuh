@@ -27,7 +27,8 @@ struct Params {
     TensorMap scales;      // fp8_ds_mla
     const void* q_nope;    // [b, s_q, h_q, 512]
     const void* q_rope;    // [b, s_q, h_q, 64]
-    const uint8_t* cache;    // where it is not copied by the maps: bytes of [num_pages, page_size, row]
+    const uint8_t* cache;    // where rows are not copied by the maps: [num_pages, page_size, row bytes]
+    const int* indices;      // [b, index_stride], the keys of each request where it lists them
     const int* block_table;  // [b, max_pages]
     const int* seq_lens;   // [b]
     void* out;             // [b, s_q, h_q, 512]
@@ -37,7 +38,8 @@ struct Params {
     unsigned* arrivals;    // [b, row blocks], zero between launches
     const float* k_scale;  // null: k_scale_value counts
     Strides q_nope_stride, q_rope_stride;
-    int64_t page_stride;   // of `cache`
+    int64_t page_stride;     // of `cache`, in bytes
+    int64_t index_stride;
     int64_t table_stride;
     Schedule schedule;
     float k_scale_value;
@@ -46,4 +48,7 @@ struct Params {
     int causal;
     int page_size;
     int q_is_fp16;     // 8-bit caches: dtype of q and out
+    // Where keys are listed: bounds of pages and of entries of a request's table (0: slots are listed, not positions), and
+    // how many requests share a table. page_size 0: a page is a row, and follows the one before.
+    int num_pages, max_pages, sharers;
 };

@@ -30,17 +30,21 @@ class Params(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "q_nope", "q_rope", "cache", "block_table", "seq_lens", "out", "lse", "partial_out", "partial_lse", "arrivals",
-                "k_scale",
+                "q_nope", "q_rope", "cache", "indices", "block_table", "seq_lens", "out", "lse", "partial_out",
+                "partial_lse", "arrivals", "k_scale",
             )
         ),
         ("q_nope_stride", Strides),
         ("q_rope_stride", Strides),
         ("page_stride", ctypes.c_int64),
+        ("index_stride", ctypes.c_int64),
         ("table_stride", ctypes.c_int64),
         ("schedule", Schedule),
         ("k_scale_value", ctypes.c_float),
         ("scale_log2", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("s_q", "h_q", "causal", "page_size", "q_is_fp16")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("s_q", "h_q", "causal", "page_size", "q_is_fp16", "num_pages", "max_pages", "sharers")
+        ),
         ("padding", ctypes.c_uint8 * 64),
     ]  # fmt: skip

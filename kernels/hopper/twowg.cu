@@ -22,14 +22,17 @@
 
 #include "twowg_copy.cuh"
 #include "twowg_multiply.cuh"
+#include "twowg_rows.cuh"
 #include "twowg_turned.cuh"
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const __grid_constant__ Params p) {
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (threadIdx.x == 3 * kWarpgroup) {
         Shared::init_barriers();
-        tma_prefetch(&p.latent);
-        tma_prefetch(&p.rope);
+        if (!kScaled) {
+            tma_prefetch(&p.latent);
+            tma_prefetch(&p.rope);
+        }
     }
     if constexpr (kCluster == 1)
         __syncthreads();
@@ -42,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
             lower_registers<kScorerRegisters>();
         else if constexpr (kScorerRegisters > kLaunchRegisters)
             raise_registers<kScorerRegisters>();
-        Scorer<Element>(p).run();
+        std::conditional_t<kWidens, TurnedScorer, Scorer<Element>>(p).run();
     } else if (warpgroup < 3) {
         raise_registers<kMultiplierRegisters>();
         if (multiplier_thread() < kWarp) Feeder(p).save();
@@ -50,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
         merge_split(p);
     } else {
         lower_registers<kCopierRegisters>();
-        if (threadIdx.x < 3 * kWarpgroup + kWarp) Copier(p).run();
+        if (threadIdx.x < 3 * kWarpgroup + kCopiers * kWarp) std::conditional_t<kScaled, RowCopier, Copier>(p).run();
     }
     if constexpr (kCluster > 1) {
         __syncwarp();

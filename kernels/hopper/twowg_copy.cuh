@@ -40,6 +40,17 @@ __device__ inline void bulk_load(uint32_t smem, const void* from, uint32_t bytes
                  : "memory");
 }
 
+// The query into L2, where it will be looked for some spans later. A warp's work.
+__device__ inline void prefetch_query(const Params& p, int request) {
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarp; i < kRows; i += kWarp) {
+        const QueryRow row = query_row(p, request, blockIdx.x * kRows + i);
+        if (row.nope == nullptr) continue;
+        prefetch_bulk(row.nope, kLatent * 2);
+        prefetch_bulk(row.rope, kRope * 2);
+    }
+}
+
 class Copier {
   public:
     __device__ explicit Copier(const Params& p) : p_(p) {}
@@ -58,7 +69,7 @@ class Copier {
         if (kE4m3)
             copy_query(item.request);
         else
-            prefetch_query(item.request);
+            prefetch_query(p_, item.request);
         const int boxes = kSpan / box_tokens();  // of a span
         const int ahead = kWarp / boxes;         // spans whose pages the warp looks up at once
         const int end = min(item.seq_len, item.tile_end * kTile);
@@ -69,17 +80,6 @@ class Copier {
             const int page = live ? p_.block_table[item.request * p_.table_stride + entry] : 0;
             for (int span = first; span < min(first + ahead * kSpan, end); span += kSpan)
                 copy_span(end - span, live && mine == span, page, group);
-        }
-    }
-
-    // Into L2, where the scorer will look for it some spans later.
-    __device__ void prefetch_query(int request) const {
-#pragma unroll 1
-        for (int i = threadIdx.x % kWarp; i < kRows; i += kWarp) {
-            const QueryRow row = query_row(p_, request, blockIdx.x * kRows + i);
-            if (row.nope == nullptr) continue;
-            prefetch_bulk(row.nope, kLatent * 2);
-            prefetch_bulk(row.rope, kRope * 2);
         }
     }
 

@@ -45,7 +45,7 @@ template <typename T>
 class Multiplier {
   public:
     __device__ explicit Multiplier(const Params& p) : p_(p) {
-        if (half() == 1) quarters_.advance(2);
+        if (kParts == 4 && half() == 1) quarters_.advance(2);
     }
 
     __device__ void run() {
@@ -69,7 +69,7 @@ class Multiplier {
             else
                 multiply();
             message_.advance();
-            quarters_.advance(4);
+            quarters_.advance(kParts);
         }
         receive();
         const Item& item = Tasks::item();
@@ -85,7 +85,7 @@ class Multiplier {
     // For the scorer, who has done with the last one. Widened tiles: see load_query_8bit; e4m3: see round_query.
     __device__ void load_query() {
         if constexpr (kWidens) {
-            load_query_8bit<kRows, false>(p_, shared_memory + kQueryAt, Shared::row_scales(), p_.scale_log2 * k_scale_of(p_),
+            load_query_8bit<kRows, kScaled>(p_, shared_memory + kQueryAt, Shared::row_scales(), p_.scale_log2 * k_scale_of(p_),
                                           Tasks::item().request, row0(), multiplier_thread() / kWarp);
             fence_proxy_async();
             __syncwarp();
@@ -243,16 +243,20 @@ class Multiplier {
         using Mma = Wgmma<fp16, kRows>;
         constexpr int kInFlight = FUSEDMLA_V_IN_FLIGHT, kBatches = 8;  // of the quarter, of its blocks of 64 columns, of the tile's halves
         const uint32_t weights = units_of(smem_address(Shared::weight_rows(message_.at())));
-        const Ring<kQuarterSlots> right = quarters_.after(1);
+        const Ring<kQuarterSlots> right = quarters_.after(kScaled ? 0 : 1);
         mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());  // long complete
-        mbarrier_wait(Shared::quarter_full(right.at()), right.phase());
+        if (!kScaled) mbarrier_wait(Shared::quarter_full(right.at()), right.phase());
         uint32_t raw[2][4], a[kInFlight + 1][2][4];
         const unsigned thread = thread_anew(), lane = thread % kWarp, warp = thread / kWarp % 4;
         const uint32_t unit[2] = {(warp ^ (lane & 7)) << 4, (4 + warp ^ (lane & 7)) << 4};
-        const uint32_t base[2] = {Shared::quarter(quarters_.at()) + lane * 128, Shared::quarter(right.at()) + lane * 128};
+        const uint32_t left_at = Shared::quarter(quarters_.at()), right_at = Shared::quarter(right.at());
         const auto load = [&](int batch) {
-            ldmatrix_x4_trans(raw[batch % 2], base[batch / 4] + batch % 2 * 32 * 128 + unit[batch / 2 % 2]);
+            const int part = batch / 2 % 2, token = batch % 2 * 32 + lane;
+            ldmatrix_x4_trans(raw[batch % 2],
+                              kScaled ? left_at + token * kRowBytes + (half() * 16 + batch / 4 * 8 + part * 4 + warp) * 16
+                                      : (batch < 4 ? left_at : right_at) + token * 128 + unit[part]);
         };
+        const uint32_t* ratios = reinterpret_cast<const uint32_t*>(Shared::ratios(message_.at())) + half() * kTile + lane % 4;
         load(0);
 #pragma unroll
         for (int block = 0; block < 4; ++block) keep_in_order(o_[block]);
@@ -263,6 +267,17 @@ class Multiplier {
             const uint32_t(&codes)[4] = raw[batch % 2];
 #pragma unroll
             for (int i = 0; i < 4; ++i) widen_columns(codes[i], a[batch % (kInFlight + 1)][i / 2][i % 2 * 2], a[batch % (kInFlight + 1)][i / 2][i % 2 * 2 + 1]);
+            if constexpr (kScaled) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const uint32_t ratio = ratios[batch / 4 * (kTile / 2) + batch % 2 * 16 + i * 4];
+#pragma unroll
+                    for (int parity = 0; parity < 2; ++parity) {
+                        __half2& pair = reinterpret_cast<__half2&>(a[batch % (kInFlight + 1)][i / 2][i % 2 * 2 + parity]);
+                        pair = __hmul2(pair, reinterpret_cast<const __half2&>(ratio));
+                    }
+                }
+            }
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < 2; ++step)
@@ -276,7 +291,7 @@ class Multiplier {
         for (int block = 0; block < 4; ++block) keep_in_order(o_[block]);
         release_message();
         warp_arrive_cluster(Shared::quarter_empty(quarters_.at()));
-        warp_arrive_cluster(Shared::quarter_empty(right.at()));
+        if (!kScaled) warp_arrive_cluster(Shared::quarter_empty(right.at()));
     }
 
     // From two columns of two tokens to one column of four, of 16 tokens and of 16 more.

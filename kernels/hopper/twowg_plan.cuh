@@ -25,7 +25,7 @@
 #define FUSEDMLA_LAZY (kE4m3 ? 1 : 8)
 #endif
 #ifndef FUSEDMLA_QUARTERS  // slots of the ring; four are a span
-#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : kWidens ? 15 : 11)
+#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : kScaled ? 3 : kWidens ? 15 : 11)
 #endif
 #ifndef FUSEDMLA_PREFETCH  // 1: copies that have to wait for a slot are brought into L2 meanwhile
 #define FUSEDMLA_PREFETCH (!kE4m3 && !kWidens)
@@ -34,21 +34,30 @@
 #define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : 3)
 #endif
 #ifndef FUSEDMLA_SCORER_REGISTERS  // with the copier's and twice the multipliers' 512
-#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kWidens ? 120 : 160)
+#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? 128 : kWidens ? 112 : 160)
 #endif
 #ifndef FUSEDMLA_MULTIPLIER_REGISTERS
-#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kWidens ? 176 : 160)
+#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kScaled ? 176 : kWidens ? 184 : 160)
 #endif
 #ifndef FUSEDMLA_COPIER_REGISTERS
 #define FUSEDMLA_COPIER_REGISTERS 32
 #endif
 
-// What the cache has and tensor cores multiply: 16-bit floats; e4m3 as it is; e4m3 widened to fp16 in registers.
+// What the cache has and tensor cores multiply: 16-bit floats; e4m3 as it is; e4m3 widened to fp16 in registers, with one
+// scale for all or with four for each token (fp8_ds_mla).
 struct e4m3 {};
 struct widened {};
+struct scaled {};
 using Element = FUSEDMLA_TYPE;
 constexpr bool kE4m3 = std::is_same_v<Element, e4m3>;
-constexpr bool kWidens = std::is_same_v<Element, widened>;
+constexpr bool kScaled = std::is_same_v<Element, scaled>;
+constexpr bool kWidens = std::is_same_v<Element, widened> || kScaled;
+#ifndef FUSEDMLA_GATHER
+#define FUSEDMLA_GATHER 0
+#endif
+constexpr bool kGather = FUSEDMLA_GATHER;  // the keys of a request are listed
+constexpr int kGatherers = 4, kCopiers = kGather ? kGatherers : 1;  // warps
+static_assert(kScaled || !kGather);
 constexpr bool kTurned = kE4m3 || kWidens;  // O^T += V^T P^T: V is the operand that comes from registers
 constexpr int kCacheBytes = kTurned ? 1 : 2, kOperandBytes = kE4m3 ? 1 : 2;
 constexpr int kSpan = kE4m3 ? 2 * kTile : kTile;  // tokens that are scored and multiplied at a time
@@ -67,13 +76,17 @@ constexpr int kScores = kRows * kSpan / kWarpgroup;  // of a scoring thread
 
 constexpr int kCluster = FUSEDMLA_CLUSTER;
 constexpr int kQuarterSlots = FUSEDMLA_QUARTERS, kMessageSlots = 2, kTaskSlots = 8;
-constexpr int kRopeSlots = kE4m3 ? 2 : kWidens ? 4 : 1;
+constexpr int kRopeSlots = kE4m3 ? 2 : kScaled ? 0 : kWidens ? 4 : 1;
+constexpr int kParts = kScaled ? 1 : 4;  // slots of the ring that a span takes: of fp8_ds_mla they hold whole rows
 constexpr int kTasksAhead = 4;  // of the one that the first multiplier works on
 constexpr int kQueryQuarters = FUSEDMLA_QUERY_QUARTERS;
 constexpr int kAtomBytes = 8 * 128;          // 8 tokens (or rows) x 128 bytes in the 128-byte swizzle
 constexpr int kBlockBytes = 8 * kAtomBytes;  // 64 rows x 128 bytes
 constexpr int kGroupBytes = kCacheBytes * kAtomBytes;  // 8 tokens x 128 columns
-constexpr int kQuarterBytes = kSpan / 8 * kGroupBytes;   // a span x 128 of the 512 latent columns, group by group
+constexpr int kRowBytes = kLatent + 4 * 4 + kRope * 2;    // of fp8_ds_mla: codes, scales, rope part
+constexpr int kScalesAt = kLatent, kRopeOfRowAt = kLatent + 4 * 4;
+constexpr int kQuarterBytes =  // a span x 128 of the 512 latent columns, group by group
+    kScaled ? kSpan * kRowBytes : kSpan / 8 * kGroupBytes;
 
 // What the first multiplier hands to all warps.
 enum class Step { kAttend, kMerge, kEnd };
@@ -96,7 +109,9 @@ constexpr int kFactorBytes = kRows * 4;
 constexpr int kChangesAt = kFactorsAt + kMessageSlots * kFactorBytes;
 constexpr int kRowScalesAt = kChangesAt + kMessageSlots * 16;
 constexpr int kExchangeAt = kRowScalesAt + kRows * 4;
-constexpr int kTasksAt = kExchangeAt + (kWidens ? kRows * 5 * 4 : 0);
+constexpr int kRatiosAt = kExchangeAt + (kWidens ? kRows * 5 * 4 : 0), kRatioBytes = kScaled ? 4 * kTile * 2 : 0;
+constexpr int kValidAt = kRatiosAt + kMessageSlots * kRatioBytes;
+constexpr int kTasksAt = kValidAt + (kGather ? kQuarterSlots * 8 : 0);
 constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 96;
 constexpr int kRestingAt = kFeederAt + kFeederBytes;
 constexpr int kBarriersAt = kRestingAt + kThreads / kWarp * 4;
@@ -161,9 +176,13 @@ struct Shared {
     // Whether the factors of each scoring warp's rows are other than 1.
     static __device__ int* changes(int slot) { return reinterpret_cast<int*>(shared_memory + kChangesAt) + slot * 4; }
     static __device__ float* row_scales() { return reinterpret_cast<float*>(shared_memory + kRowScalesAt); }
-    // Of widened tiles: for each row of the query something of each scoring warp's, and then something of all.
+    // Of widened tiles: for each row of the query something of each scoring warp's; what its scores are related to.
     static __device__ float4* of_warps() { return reinterpret_cast<float4*>(shared_memory + kExchangeAt); }
-    static __device__ float* of_rows() { return reinterpret_cast<float*>(of_warps() + kRows); }
+    static __device__ float* references() { return reinterpret_cast<float*>(of_warps() + kRows); }
+    // Of fp8_ds_mla tokens, each of the four scales over the largest, as fp16: [4][kTile].
+    static __device__ __half* ratios(int slot) { return reinterpret_cast<__half*>(shared_memory + kRatiosAt + slot * kRatioBytes); }
+    // A bit for each token of a tile that is there.
+    static __device__ uint16_t* valid(int slot) { return reinterpret_cast<uint16_t*>(shared_memory + kValidAt + slot * 8); }
     static __device__ uint8_t* weight_rows(int slot) { return shared_memory + kWeightsAt + slot * kWeightBytes; }
     static __device__ Task& task(int slot) { return reinterpret_cast<Task*>(shared_memory + kTasksAt)[slot]; }
     static __device__ Ring<kTaskSlots>& place_in_tasks() {  // this warp's
@@ -185,8 +204,9 @@ struct Shared {
     static __device__ void init_barriers() {
         constexpr int kScorerWarps = 4, kMultiplierWarps = 8;
         for (int i = 0; i < kQuarterSlots; ++i) {
-            mbarrier_init(quarter_full(i), 1);
-            mbarrier_init(quarter_empty(i), 4 * kCluster);  // every CTA's, for copies go to all
+            mbarrier_init(quarter_full(i), kCopiers);
+            // Every CTA's, for copies go to all.
+            mbarrier_init(quarter_empty(i), (kParts == 1 ? kMultiplierWarps : kMultiplierWarps / 2) * kCluster);
         }
         for (int i = 0; i < kRopeSlots; ++i) {
             mbarrier_init(rope_full(i), 1);
@@ -195,7 +215,7 @@ struct Shared {
         mbarrier_init(query_full(), kMultiplierWarps);
         for (int i = 0; i < kTaskSlots; ++i) {
             mbarrier_init(task_full(i), 1);
-            mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + 1);
+            mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + kCopiers);
         }
         for (int i = 0; i < kMessageSlots; ++i) {
             mbarrier_init(message_full(i), kScorerWarps);
@@ -211,7 +231,7 @@ struct Shared {
 };
 
 __device__ inline float k_scale_of(const Params& p) {
-    return !kTurned ? 1.f : p.k_scale ? *p.k_scale : p.k_scale_value;
+    return !kTurned || kScaled ? 1.f : p.k_scale ? *p.k_scale : p.k_scale_value;
 }
 __device__ inline bool out_is_fp16(const Params& p) { return kTurned ? p.q_is_fp16 : std::is_same_v<Element, fp16>; }
 
@@ -246,14 +266,21 @@ __device__ inline void warp_arrive_cluster(uint32_t barrier) {
 // Rows past the end of a request hold whatever the page holds, or an older span: with weight 0, but 0 x NaN is NaN. By
 // the scoring warps, for the span before `next`.
 __device__ inline void clear_rows_from(const Ring<kQuarterSlots>& next, int first) {
-    constexpr int kUnits = 8 * kCacheBytes;  // of 16 bytes in a quarter of a token
+    if constexpr (kScaled) {
+        uint8_t* tile = shared_memory + next.after(kQuarterSlots - 1).at() * kQuarterBytes;
 #pragma unroll 1
-    for (int quarter = kQuarterSlots - 4; quarter < kQuarterSlots; ++quarter) {
-        uint8_t* to = shared_memory + next.after(quarter).at() * kQuarterBytes +
-                      threadIdx.x % kUnits / 8 * kAtomBytes + threadIdx.x % 8 * 16;
+        for (int i = first * kRowBytes + threadIdx.x % kWarpgroup * 16; i < kQuarterBytes; i += kWarpgroup * 16)
+            *reinterpret_cast<uint4*>(tile + i) = {0, 0, 0, 0};
+    } else {
+        constexpr int kUnits = 8 * kCacheBytes;  // of 16 bytes in a quarter of a token
 #pragma unroll 1
-        for (int token = first + threadIdx.x % kWarpgroup / kUnits; token < kSpan; token += kWarpgroup / kUnits)
-            *reinterpret_cast<uint4*>(to + token / 8 * kGroupBytes + token % 8 * 128) = {0, 0, 0, 0};
+        for (int quarter = kQuarterSlots - 4; quarter < kQuarterSlots; ++quarter) {
+            uint8_t* to = shared_memory + next.after(quarter).at() * kQuarterBytes +
+                          threadIdx.x % kUnits / 8 * kAtomBytes + threadIdx.x % 8 * 16;
+#pragma unroll 1
+            for (int token = first + threadIdx.x % kWarpgroup / kUnits; token < kSpan; token += kWarpgroup / kUnits)
+                *reinterpret_cast<uint4*>(to + token / 8 * kGroupBytes + token % 8 * 128) = {0, 0, 0, 0};
+        }
     }
     fence_proxy_async();
 }

@@ -25,10 +25,9 @@ __device__ inline bool any_scorer(bool condition) {
     return any;
 }
 
-template <>
-class Scorer<widened> {
+class TurnedScorer {
   public:
-    __device__ explicit Scorer(const Params& p) : p_(p) {}
+    __device__ explicit TurnedScorer(const Params& p) : p_(p) {}
 
     __device__ void run() {
         Tasks::begin();
@@ -46,13 +45,18 @@ class Scorer<widened> {
     __device__ void attend() {
         mbarrier_wait(Shared::query_full(), queries_++ & 1);
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) top_[c] = total_[c] = 0.f;
+        for (int c = 0; c < kColumns; ++c) total_[c] = 0.f;
+        if (thread_anew() < kRows) Shared::references()[thread_anew()] = 0.f;
+        named_barrier_sync(kScorerBarrier, kWarpgroup);
         unset_ = (1 << kColumns) - 1;
         int left = Tasks::item().seq_len - Tasks::item().tile_begin * kTile;  // tokens of the request
         const int after = max(Tasks::item().seq_len - Tasks::item().tile_end * kTile, 0);  // that are not of the item
         for (; left > after; left -= kTile) {
             float s[32];
-            score(s);
+            if constexpr (kScaled)
+                score_scaled(s, left - after);
+            else
+                score(s);
             release_held();
             weigh(s, left - after, left);
         }
@@ -60,7 +64,7 @@ class Scorer<widened> {
         finish(Tasks::item());
     }
 
-    // Unscaled scores of the next tile, 32 columns at a time; one part is widened while the last is multiplied.
+    // Scores of the next tile in base 2, as differences from the references. 32 columns at a time; one part is widened while the last is multiplied.
     __device__ void score(float (&s)[32]) {
         using Mma = Wgmma<fp16, kRows>;
         constexpr int kLatentParts = 16, kParts = 18, kInFlight = FUSEDMLA_IN_FLIGHT;
@@ -96,13 +100,103 @@ class Scorer<widened> {
         keep_in_order(s);
         warp_arrive_cluster(Shared::rope_empty(rope_.at()));
         rope_.advance();
+#pragma unroll
+        for (int c = 0; c < kColumns; c += 2) {
+            const float2 scale = of_pair(Shared::row_scales(), c), top = of_pair(Shared::references(), c);
+#pragma unroll
+            for (int token = 0; token < 4; token += 2) {
+                s[at(c) + token] = fmaf(s[at(c) + token], scale.x, -top.x);
+                s[at(c + 1) + token] = fmaf(s[at(c + 1) + token], scale.y, -top.y);
+            }
+        }
     }
+
+    // The same of an fp8_ds_mla tile: each 128 columns have a scale, and rope parts are bf16. The weights of a token take
+    // on the largest of its scales, the multipliers know its other scales as ratios to that.
+    __device__ void score_scaled(float (&sum)[32], int tokens) {
+        using Mma = Wgmma<fp16, kRows>;
+        const unsigned thread = thread_anew(), lane = thread % kWarp, warp = thread / kWarp % 4;
+        const uint32_t query = units_of(Shared::query());
+        mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());
+        if (!kGather && tokens < kTile) {  // scales, too, may be anything
+            clear_rows_from(quarters_.after(1), tokens);
+            named_barrier_sync(kScorerBarrier, kWarpgroup);
+        }
+        const uint32_t tile = Shared::quarter(quarters_.at()) + (warp * 16 + lane % 16) * kRowBytes + lane / 16 * 16;
+        float s[32];
+#pragma unroll
+        for (int group = 0; group < 4; ++group) {
+            uint32_t raw[2][4], a[2][2][4];
+            ldmatrix_x4(raw[0], tile + group * 128);
+            keep_in_order(s);
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+                if (part + 1 < 4) ldmatrix_x4(raw[(part + 1) % 2], tile + group * 128 + (part + 1) * 32);
+                widen_steps(raw[part % 2], a[part % 2]);
+                wgmma_fence();
+#pragma unroll
+                for (int step = 0; step < 2; ++step)
+                    Mma::registers(s, a[part % 2][step],
+                                   descriptor<kAtomBytes>(query + (group * 2 + part / 2) * (kBlockBytes >> 4) + (part % 2 * 2 + step) * 2),
+                                   part + step > 0);
+                wgmma_commit();
+                if (part < 3) wgmma_wait<1>();
+            }
+            const float scale[2] = {scale_of(0, group), scale_of(1, group)};
+            wgmma_wait<0>();
+            keep_in_order(s);
+#pragma unroll
+            for (int i = 0; i < 32; ++i) sum[i] = group == 0 ? s[i] * scale[i / 2 % 2] : fmaf(s[i], scale[i / 2 % 2], sum[i]);
+        }
+        uint32_t a[4][4];
+#pragma unroll
+        for (int step = 0; step < 4; ++step) ldmatrix_x4(a[step], tile + kRopeOfRowAt + step * 32);
+        keep_in_order(s);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+            Wgmma<bf16, kRows>::registers(s, a[step], descriptor<kAtomBytes>(query + 8 * (kBlockBytes >> 4) + step * 2), step > 0);
+        wgmma_commit();
+        float most[2];
+#pragma unroll
+        for (int token = 0; token < 2; ++token) {
+            const float4 of = *reinterpret_cast<const float4*>(scales_of(token));
+            most[token] = log2_approx(fmaxf(fmaxf(of.x, of.y), fmaxf(of.z, of.w)));
+            log2_scale_[token] = most[token] = fmaxf(most[token], -60.f);  // finite even if all scales are 0
+        }
+        wgmma_wait<0>();
+        keep_in_order(s);
+        quarters_.advance();
+#pragma unroll
+        for (int c = 0; c < kColumns; c += 2) {
+            const float2 scale = of_pair(Shared::row_scales(), c), top = of_pair(Shared::references(), c);
+#pragma unroll
+            for (int token = 0; token < 2; ++token) {
+                float(&x) = sum[at(c) + 2 * token], (&y) = sum[at(c + 1) + 2 * token];
+                x = fmaf(x, scale.x, fmaf(s[at(c) + 2 * token], p_.scale_log2, most[token] - top.x));
+                y = fmaf(y, scale.y, fmaf(s[at(c + 1) + 2 * token], p_.scale_log2, most[token] - top.y));
+            }
+        }
+    }
+
+    // Of two neighbouring rows of the query.
+    __device__ static float2 of_pair(const float* values, int c) {
+        return *reinterpret_cast<const float2*>(values + row_of(c));
+    }
+    // Of the lane's tokens in the tile that comes next, or the one before.
+    __device__ const uint8_t* scales_of(int token, int slot) const {
+        const unsigned thread = thread_anew();
+        return shared_memory + slot * kQuarterBytes + (thread / kWarp % 4 * 16 + thread % kWarp / 4 + token * 8) * kRowBytes + kScalesAt;
+    }
+    __device__ const uint8_t* scales_of(int token) const { return scales_of(token, quarters_.at()); }
+    __device__ float scale_of(int token, int group) const { return reinterpret_cast<const float*>(scales_of(token))[group]; }
 
     // Masks and weighs the scores of a tile and sends P. The item has `tokens` more tokens, the request `left`.
     __device__ void weigh(float (&s)[32], int tokens, int left) {
-        if (tokens < kTile) clear_rows_from(quarters_, tokens);
-        relate(s);
-        if (min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kTile) mask(s, tokens, left);
+        if (!kScaled && tokens < kTile) clear_rows_from(quarters_, tokens);
+        if constexpr (kGather)
+            mask_invalid(s);
+        else if (min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kTile) mask(s, tokens, left);
         float mosts[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
         for (int i = 4; i < 32; ++i) mosts[i % 4] = fmaxf(mosts[i % 4], s[i]);
@@ -113,23 +207,16 @@ class Scorer<widened> {
         if (threadIdx.x % kWarp == 0) Shared::changes(message_.at())[threadIdx.x / kWarp] = moves;
 #pragma unroll
         for (int i = 0; i < 32; ++i) s[i] = exp2_approx(s[i]);
+        float share[2] = {1.f, 1.f};
+        if constexpr (kScaled) {
+            share[0] = exp2_approx(-log2_scale_[0]), share[1] = exp2_approx(-log2_scale_[1]);
+            put_ratios(share);
+        }
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) total_[c] += s[at(c)] + s[at(c) + 2];
+        for (int c = 0; c < kColumns; ++c)
+            total_[c] += kScaled ? fmaf(s[at(c)], share[0], s[at(c) + 2] * share[1]) : s[at(c)] + s[at(c) + 2];
         put_weights(s);
         send();
-    }
-
-    // From scores to base 2, as differences from the references.
-    __device__ void relate(float (&s)[32]) const {
-#pragma unroll
-        for (int c = 0; c < kColumns; c += 2) {
-            const float2 scale = *reinterpret_cast<const float2*>(Shared::row_scales() + row_of(c));
-#pragma unroll
-            for (int token = 0; token < 4; token += 2) {
-                s[at(c) + token] = fmaf(s[at(c) + token], scale.x, -top_[c]);
-                s[at(c + 1) + token] = fmaf(s[at(c + 1) + token], scale.y, -top_[c + 1]);
-            }
-        }
     }
 
     __device__ void mask(float (&s)[32], int tokens, int left) const {
@@ -141,6 +228,27 @@ class Scorer<widened> {
             if (token >= limit) s[at(c)] = -INFINITY;
             if (token + 8 >= limit) s[at(c) + 2] = -INFINITY;
         }
+    }
+
+    // Of listed keys, those that are not there.
+    __device__ void mask_invalid(float (&s)[32]) const {
+        // This warp's 16 tokens.
+        const uint32_t valid = Shared::valid(quarters_.after(kQuarterSlots - 1).at())[thread_anew() / kWarp % 4];
+        if (valid == 0xFFFF) return;
+        const uint32_t bits = valid >> thread_anew() % kWarp / 4;
+#pragma unroll
+        for (int i = 0; i < 32; ++i)
+            if (!(bits >> (i / 2 % 2 * 8) & 1)) s[i] = -INFINITY;
+    }
+
+    // The four lanes that have a token see to a group's scale each.
+    __device__ void put_ratios(const float (&share)[2]) const {
+        const unsigned thread = thread_anew(), group = thread % 4;
+        const int slot = quarters_.after(kQuarterSlots - 1).at();
+#pragma unroll
+        for (int token = 0; token < 2; ++token)
+            Shared::ratios(message_.at())[group * kTile + thread / kWarp % 4 * 16 + thread % kWarp / 4 + token * 8] =
+                __float2half_rn(reinterpret_cast<const float*>(scales_of(token, slot))[group] * share[token]);
     }
 
     // New references where scores exceed them, and the factors that bring O and the sums to them.
@@ -162,11 +270,14 @@ class Scorer<widened> {
             const float rise = most > (first ? -INFINITY : FUSEDMLA_LAZY) ? most : 0.f;
             const float factor = first ? 1.f : exp2_approx(-rise);  // of sums that are still 0
             if (first && most > -INFINITY) unset_ &= ~(1 << c);
-            if (thread < 4) Shared::all_factors(message_.at())[row_of(c)] = factor;
-            top_[c] += rise;
+            if (thread < 4) {
+                Shared::all_factors(message_.at())[row_of(c)] = factor;
+                Shared::references()[row_of(c)] += rise;
+            }
             total_[c] *= factor;
             s[at(c)] -= rise, s[at(c) + 2] -= rise;
         }
+        named_barrier_sync(kScorerBarrier, kWarpgroup);  // the next scores are related to these
     }
 
     // P^T as a B operand: a row for each row of the query, with the tile's 64 tokens.
@@ -200,7 +311,6 @@ class Scorer<widened> {
 #pragma unroll
             for (int step = 4; step < kWarp; step <<= 1) total += __shfl_xor_sync(~0u, total, step);
             if (thread % kWarp < 4) reinterpret_cast<float*>(Shared::of_warps() + row_of(c))[thread / kWarp] = total;
-            if (thread < 4) Shared::of_rows()[row_of(c)] = top_[c];
         }
         mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
         named_barrier_sync(kScorerBarrier, kWarpgroup);
@@ -208,7 +318,7 @@ class Scorer<widened> {
             const float4 of = Shared::of_warps()[thread];
             const float total = of.x + of.y + (of.z + of.w);
             Shared::all_factors(message_.at())[thread] = total == 0.f ? 0.f : k_scale_of(p_) / total;
-            const float log_sum = total == 0.f ? -INFINITY : Shared::of_rows()[thread] + log2_approx(total);
+            const float log_sum = total == 0.f ? -INFINITY : Shared::references()[thread] + log2_approx(total);
             const int row = blockIdx.x * kRows + thread, rows = p_.s_q * p_.h_q;
             if (row < rows) {
                 if (item.slot < 0)
@@ -221,7 +331,8 @@ class Scorer<widened> {
     }
 
     const Params& p_;
-    float top_[kColumns], total_[kColumns];  // reference, base 2; this lane's share of the sum of weights
+    float total_[kColumns];  // this lane's share of the sum of weights
+    float log2_scale_[2];    // of the lane's tokens' largest scales
     uint32_t unset_;                         // a bit for each row that has not seen a key yet
     unsigned queries_ = 0;
     Ring<kQuarterSlots> quarters_;

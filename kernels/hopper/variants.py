@@ -64,16 +64,21 @@ def swapab_rows(cache_format: str) -> tuple[int, ...]:
 
 
 _TWOWG = {"bf16": "bf16", "fp16": "fp16", "fp8": "widened", "e4m3": "e4m3"}
-"""Of the 64-row kernel, a name and twowg.cu's: the cache's format, or e4m3 for fp8 caches that are multiplied as such."""
+"""Of the 64-row kernel, a name and twowg.cu's: the cache's format; e4m3 for fp8 caches that are multiplied as such."""
 
 
 def twowg_name(operands: str, cluster: int) -> str:
     return f"twowg_{operands}_c{cluster}"
 
 
-def _twowg(operands: str, cluster: int) -> Variant:
-    name = twowg_name(operands, cluster)
-    defines = {"FUSEDMLA_TYPE": _TWOWG[operands], "FUSEDMLA_CLUSTER": str(cluster), "FUSEDMLA_ENTRY": name}
+ROWS_NAME, GATHER_NAME = "twowg_fp8_ds_mla", "twowg_gather_fp8_ds_mla"
+"""The 64-row kernel for fp8_ds_mla caches: all keys of a request, or listed ones."""
+
+
+def _twowg(name: str, operands: str, cluster: int = 1, gather: bool = False) -> Variant:
+    defines = {"FUSEDMLA_TYPE": operands, "FUSEDMLA_CLUSTER": str(cluster), "FUSEDMLA_ENTRY": name}
+    if gather:
+        defines["FUSEDMLA_GATHER"] = "1"
     return Variant(name, "twowg.cu", defines, max_registers=128, threads=512)
 
 
@@ -81,6 +86,8 @@ VARIANTS = {
     v.name: v
     for v in (
         *(_swapab(form, rows) for form in _FORMATS for rows in swapab_rows(form)),
-        *(_twowg(operands, cluster) for operands in _TWOWG for cluster in (1, 2)),
+        *(_twowg(twowg_name(name, n), operands, n) for name, operands in _TWOWG.items() for n in (1, 2)),
+        _twowg(ROWS_NAME, "scaled"),
+        _twowg(GATHER_NAME, "scaled", gather=True),
     )
 }

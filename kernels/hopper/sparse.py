@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse MLA attention on Hopper: one launch of a CUDA kernel that gathers listed keys of an fp8_ds_mla cache."""
+
+from functools import lru_cache
+
+import torch
+
+from .. import layout
+from ..sparse_plan import SparsePlan
+from . import launch, row_blocks, variant_of
+from .decode import launch_params
+
+
+@lru_cache(maxsize=64)
+def _full_lists(tokens: int, topk: int, device: torch.device) -> torch.Tensor:
+    return torch.full((tokens,), topk, dtype=torch.int32, device=device)
+
+
+def list_lengths(topk_length: torch.Tensor | None, b: int, s_q: int, topk: int, device: torch.device) -> torch.Tensor:
+    """How many entries of each query token's list count, ``[b * s_q]`` int32, contiguous."""
+    if topk_length is None:
+        return _full_lists(b * s_q, topk, device)
+    if topk_length.dim() == 1:
+        topk_length = topk_length.unsqueeze(1)
+    return topk_length.expand(b, s_q).reshape(-1).contiguous()
+
+
+def sparse_decode(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    indices: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    workspace: tuple[torch.Tensor, ...],
+    *,
+    plan: SparsePlan,
+    sm_scale: float,
+) -> None:
+    """Launch on the current device and stream; arguments as in `sparse_decode.mla_sparse_decode`, lengths as above."""
+    b, s_q, h_q, _ = q_nope.shape
+    tokens = b * s_q
+    # Each query token is a request of its own.
+    q_nope, q_rope = (part.reshape(tokens, 1, h_q, part.shape[-1]) for part in (q_nope, q_rope))
+    indices = indices.reshape(tokens, -1)
+    p, arrivals = launch_params(q_nope, q_rope, lengths, out, lse, workspace, plan.config, plan.params, sm_scale)
+    pages, page_size = cache.shape[:2]
+    p.cache, p.page_stride = cache.data_ptr(), cache.stride(0) * cache.element_size()
+    p.num_pages, p.page_size, p.sharers = pages, page_size, s_q
+    p.indices, p.index_stride = indices.data_ptr(), indices.stride(0)
+    if block_table is not None:
+        p.block_table, p.table_stride, p.max_pages = block_table.data_ptr(), block_table.stride(0), block_table.shape[1]
+    elif p.page_stride == page_size * layout.row_bytes(layout.cache_format(cache)):
+        p.num_pages, p.page_size = pages * page_size, 0  # slots are rows
+    p.k_scale_value = 1.0
+    grid = row_blocks(plan.config, h_q), plan.params.num_programs
+    launch.launch(variant_of(plan.config, layout.cache_format(cache), h_q), p, grid)
+    del arrivals, indices, q_nope, q_rope  # alive until the launch
