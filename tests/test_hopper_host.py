@@ -59,10 +59,10 @@ def test_every_kernel_serves_some_shape():
             for fp8_mma in (False, True):
                 config = select.select_decode(HOPPER, rows, cache_format, hopper=True, fp8_mma=fp8_mma)
                 used.add(hopper.variant_of(config, cache_format, rows))
-    for h_q in range(1, select.MAX_H_Q + 1):
-        config = select.select_sparse(HOPPER, h_q, "fp8_ds_mla", hopper=True)
-        if config.kernel in select.HOPPER_KERNELS:
-            used.add(hopper.variant_of(config, "fp8_ds_mla", h_q))
+        for h_q in range(1, select.MAX_H_Q + 1):
+            config = select.select_sparse(HOPPER, h_q, cache_format, hopper=True)
+            if config.kernel in select.HOPPER_KERNELS:
+                used.add(hopper.variant_of(config, cache_format, h_q))
     assert used == set(VARIANTS)
 
 
@@ -199,7 +199,7 @@ def test_missing_driver_interface_is_named(fresh, monkeypatch):
 def test_a_cubin_that_does_not_load_leaves_the_portable_kernel(fresh, monkeypatch, caplog):
     def load(name, device):
         loaded.append(name)
-        if name.startswith("pair"):
+        if name.startswith("twowg"):
             raise hopper.DriverError("CUDA driver: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
 
     loaded: list[str] = []
@@ -213,8 +213,8 @@ def test_a_cubin_that_does_not_load_leaves_the_portable_kernel(fresh, monkeypatc
         assert plan.decode_plan(1, 16, "fp8", gpu, portable=True).config.kernel == "triton"
         assert plan.decode_plan(1, 128, "fp8", gpu).config.kernel == "triton"
         assert plan.decode_plan(2, 16, "fp8", gpu).config.kernel == "triton", "not tried again"
-    assert loaded == ["swapab_fp8_n16", "pair_fp8"]
+    assert loaded == ["swapab_fp8_n16", "twowg_fp8_c2"]
     (warning,) = caplog.records
-    assert "pair_fp8 could not be loaded: CUDA driver: CUDA_ERROR_UNSUPPORTED_PTX_VERSION" in warning.getMessage()
-    assert "pair_fp8" in (hopper.unavailable() or "")
+    assert "twowg_fp8_c2 could not be loaded: CUDA driver: CUDA_ERROR_UNSUPPORTED_PTX_VERSION" in warning.getMessage()
+    assert "twowg_fp8_c2" in (hopper.unavailable() or "")
     assert plan.decode_plan(1, 16, "fp8", gpu).config.kernel == "swapab", "a kernel that did load stays in use"

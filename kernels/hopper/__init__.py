@@ -74,8 +74,10 @@ def variant_of(config: Any, cache_format: str, rows: int) -> str:
     """Name of the compiled kernel for a `DecodeConfig` of this folder's kernels and `rows` query rows a request."""
     if config.kernel == "swapab":
         return variants.swapab_name(cache_format, config.block_h)
-    if config.kernel in ("twowg_rows", "twowg_gather"):
-        return variants.ROWS_NAME if config.kernel == "twowg_rows" else variants.GATHER_NAME
+    if config.kernel == "twowg_rows":
+        return variants.ROWS_NAME
+    if config.kernel == "twowg_gather":
+        return variants.gather_name(cache_format)
     return variants.twowg_name("e4m3" if config.kernel == "twowg_e4m3" else cache_format, cluster(config, rows))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse MLA attention on Hopper: one launch of a CUDA kernel that gathers listed keys of an fp8_ds_mla cache."""
+"""Sparse MLA attention on Hopper: one launch of a CUDA kernel that gathers listed keys."""
 
 from functools import lru_cache
 

@@ -21,15 +21,18 @@
 // Compiled once for each: FUSEDMLA_TYPE (bf16, fp16, e4m3), FUSEDMLA_CLUSTER (1, 2), FUSEDMLA_ENTRY.
 
 #include "twowg_copy.cuh"
+#include "twowg_gather.cuh"
 #include "twowg_multiply.cuh"
 #include "twowg_rows.cuh"
 #include "twowg_turned.cuh"
+
+using Copying = std::conditional_t<kGather, Gatherer, std::conditional_t<kScaled, RowCopier, Copier>>;
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const __grid_constant__ Params p) {
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (threadIdx.x == 3 * kWarpgroup) {
         Shared::init_barriers();
-        if (!kScaled) {
+        if (!kScaled && !kGather) {
             tma_prefetch(&p.latent);
             tma_prefetch(&p.rope);
         }
@@ -53,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
         merge_split(p);
     } else {
         lower_registers<kCopierRegisters>();
-        if (threadIdx.x < 3 * kWarpgroup + kCopiers * kWarp) std::conditional_t<kScaled, RowCopier, Copier>(p).run();
+        if (threadIdx.x < 3 * kWarpgroup + kCopiers * kWarp) Copying(p).run();
     }
     if constexpr (kCluster > 1) {
         __syncwarp();

@@ -25,22 +25,22 @@
 #define FUSEDMLA_LAZY (kE4m3 ? 1 : 8)
 #endif
 #ifndef FUSEDMLA_QUARTERS  // slots of the ring; four are a span
-#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : kScaled ? 3 : kWidens ? 15 : 11)
+#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : kScaled ? 3 : kWidens ? 15 : kGather ? 9 : 11)
 #endif
 #ifndef FUSEDMLA_PREFETCH  // 1: copies that have to wait for a slot are brought into L2 meanwhile
 #define FUSEDMLA_PREFETCH (!kE4m3 && !kWidens)
 #endif
 #ifndef FUSEDMLA_QUERY_QUARTERS  // of the query's four latent quarters, those in registers; the others in shared memory
-#define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : 3)
+#define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : kGather ? 2 : 3)
 #endif
 #ifndef FUSEDMLA_SCORER_REGISTERS  // with the copier's and twice the multipliers' 512
-#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? 128 : kWidens ? 112 : 160)
+#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? 128 : kWidens ? 112 : kGather ? 128 : 160)
 #endif
 #ifndef FUSEDMLA_MULTIPLIER_REGISTERS
-#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kScaled ? 176 : kWidens ? 184 : 160)
+#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kScaled ? 176 : kWidens ? 184 : kGather ? 168 : 160)
 #endif
 #ifndef FUSEDMLA_COPIER_REGISTERS
-#define FUSEDMLA_COPIER_REGISTERS 32
+#define FUSEDMLA_COPIER_REGISTERS (kGather && !kScaled ? 40 : 32)
 #endif
 
 // What the cache has and tensor cores multiply: 16-bit floats; e4m3 as it is; e4m3 widened to fp16 in registers, with one
@@ -57,8 +57,8 @@ constexpr bool kWidens = std::is_same_v<Element, widened> || kScaled;
 #endif
 constexpr bool kGather = FUSEDMLA_GATHER;  // the keys of a request are listed
 constexpr int kGatherers = 4, kCopiers = kGather ? kGatherers : 1;  // warps
-static_assert(kScaled || !kGather);
 constexpr bool kTurned = kE4m3 || kWidens;  // O^T += V^T P^T: V is the operand that comes from registers
+static_assert(!kGather || kScaled || !kTurned);
 constexpr int kCacheBytes = kTurned ? 1 : 2, kOperandBytes = kE4m3 ? 1 : 2;
 constexpr int kSpan = kE4m3 ? 2 * kTile : kTile;  // tokens that are scored and multiplied at a time
 
@@ -76,14 +76,15 @@ constexpr int kScores = kRows * kSpan / kWarpgroup;  // of a scoring thread
 
 constexpr int kCluster = FUSEDMLA_CLUSTER;
 constexpr int kQuarterSlots = FUSEDMLA_QUARTERS, kMessageSlots = 2, kTaskSlots = 8;
-constexpr int kRopeSlots = kE4m3 ? 2 : kScaled ? 0 : kWidens ? 4 : 1;
+constexpr int kRopeSlots = kE4m3 ? 2 : kScaled ? 0 : kWidens ? 4 : kGather ? 2 : 1;
 constexpr int kParts = kScaled ? 1 : 4;  // slots of the ring that a span takes: of fp8_ds_mla they hold whole rows
 constexpr int kTasksAhead = 4;  // of the one that the first multiplier works on
 constexpr int kQueryQuarters = FUSEDMLA_QUERY_QUARTERS;
 constexpr int kAtomBytes = 8 * 128;          // 8 tokens (or rows) x 128 bytes in the 128-byte swizzle
 constexpr int kBlockBytes = 8 * kAtomBytes;  // 64 rows x 128 bytes
 constexpr int kGroupBytes = kCacheBytes * kAtomBytes;  // 8 tokens x 128 columns
-constexpr int kRowBytes = kLatent + 4 * 4 + kRope * 2;    // of fp8_ds_mla: codes, scales, rope part
+constexpr int kRowBytes =  // of a cache; of fp8_ds_mla: codes, scales, rope part
+    kScaled ? kLatent + 4 * 4 + kRope * 2 : (kLatent + kRope) * kCacheBytes;
 constexpr int kScalesAt = kLatent, kRopeOfRowAt = kLatent + 4 * 4;
 constexpr int kQuarterBytes =  // a span x 128 of the 512 latent columns, group by group
     kScaled ? kSpan * kRowBytes : kSpan / 8 * kGroupBytes;
@@ -111,13 +112,14 @@ constexpr int kRowScalesAt = kChangesAt + kMessageSlots * 16;
 constexpr int kExchangeAt = kRowScalesAt + kRows * 4;
 constexpr int kRatiosAt = kExchangeAt + (kWidens ? kRows * 5 * 4 : 0), kRatioBytes = kScaled ? 4 * kTile * 2 : 0;
 constexpr int kValidAt = kRatiosAt + kMessageSlots * kRatioBytes;
-constexpr int kTasksAt = kValidAt + (kGather ? kQuarterSlots * 8 : 0);
+constexpr int kValidSlots = 4, kTasksAt = kValidAt + (kGather ? kValidSlots * 8 : 0);
 constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 96;
 constexpr int kRestingAt = kFeederAt + kFeederBytes;
 constexpr int kBarriersAt = kRestingAt + kThreads / kWarp * 4;
 constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 1;
 constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;
 static_assert(kSharedBytes <= 227 * 1024);
+static_assert(!kGather || kScaled || 2 * kRopeSlots == kValidSlots);  // a rope ring's state tells a tile's slot
 static_assert(kFeederAt % 8 == 0 && kBarriersAt % 8 == 0);
 
 // The slot of a ring that is used next, and whether it has gone round an odd number of times: in one register.
@@ -181,8 +183,11 @@ struct Shared {
     static __device__ float* references() { return reinterpret_cast<float*>(of_warps() + kRows); }
     // Of fp8_ds_mla tokens, each of the four scales over the largest, as fp16: [4][kTile].
     static __device__ __half* ratios(int slot) { return reinterpret_cast<__half*>(shared_memory + kRatiosAt + slot * kRatioBytes); }
-    // A bit for each token of a tile that is there.
-    static __device__ uint16_t* valid(int slot) { return reinterpret_cast<uint16_t*>(shared_memory + kValidAt + slot * 8); }
+    // A bit for each token of a tile that is there, 16 by each copying warp. Tiles are counted from the kernel's first:
+    // one's bits are written when its scorer has done with those of two before at least.
+    static __device__ uint16_t* valid(int tile) {
+        return reinterpret_cast<uint16_t*>(shared_memory + kValidAt + tile % kValidSlots * 8);
+    }
     static __device__ uint8_t* weight_rows(int slot) { return shared_memory + kWeightsAt + slot * kWeightBytes; }
     static __device__ Task& task(int slot) { return reinterpret_cast<Task*>(shared_memory + kTasksAt)[slot]; }
     static __device__ Ring<kTaskSlots>& place_in_tasks() {  // this warp's
@@ -209,7 +214,7 @@ struct Shared {
             mbarrier_init(quarter_empty(i), (kParts == 1 ? kMultiplierWarps : kMultiplierWarps / 2) * kCluster);
         }
         for (int i = 0; i < kRopeSlots; ++i) {
-            mbarrier_init(rope_full(i), 1);
+            mbarrier_init(rope_full(i), kCopiers);
             mbarrier_init(rope_empty(i), kScorerWarps * kCluster);
         }
         mbarrier_init(query_full(), kMultiplierWarps);

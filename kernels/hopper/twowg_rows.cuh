@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The copying warp of the 64-row kernel where the ring has whole rows: fp8_ds_mla caches, dense, or, then by four warps,
-// with listed keys.
+// The copying warp of the 64-row kernel for fp8_ds_mla caches, of which the ring has whole rows.
 #pragma once
 
 #include "twowg_copy.cuh"
@@ -11,14 +10,8 @@ class RowCopier {
 
     __device__ void run() {
         Tasks::begin();
-        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done()) {
-            if (step != Step::kAttend) continue;
-            if (threadIdx.x / kWarp % 4 == 0) prefetch_query(p_, Tasks::item().request);
-            if constexpr (kGather)
-                gather_item(Tasks::item());
-            else
-                copy_item(Tasks::item());
-        }
+        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done())
+            if (step == Step::kAttend) copy_item(Tasks::item());
     }
 
   private:
@@ -27,6 +20,7 @@ class RowCopier {
     // Rows of a page follow each other: eight of them a lane, four tiles' pages looked up at once.
     __device__ void copy_item(const Item& item) {
         constexpr int kGroups = kTile / kGroup, kAhead = kWarp / kGroups;
+        prefetch_query(p_, item.request);
         const int end = min(item.seq_len, item.tile_end * kTile);
         const int* table = p_.block_table + item.request * p_.table_stride;
         for (int first = item.tile_begin; first < item.tile_end; first += kAhead) {
@@ -40,53 +34,6 @@ class RowCopier {
                 ring_.advance();
             }
         }
-    }
-
-    // Of each tile 16 listed keys for each of four warps, one a lane: a copy takes some 40 cycles to issue. The next
-    // tile's entries are on their way meanwhile.
-    __device__ void gather_item(const Item& item) {
-        constexpr int kRowsOfWarp = kTile / kGatherers;
-        const int end = min(item.seq_len, item.tile_end * kTile), warp = threadIdx.x / kWarp % 4;
-        const int row = warp * kRowsOfWarp + lane();
-        const int* list = p_.indices + item.request * p_.index_stride;
-        const int* table = p_.block_table + divide(item.request, p_.sharers) * p_.table_stride;
-        const auto entry_of = [&](int tile) {
-            return lane() < kRowsOfWarp && tile * kTile + row < end ? list[tile * kTile + row] : -1;
-        };
-        int entry = entry_of(item.tile_begin);
-        for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
-            const uint8_t* from = row_of(table, entry);
-            entry = entry_of(tile + 1);
-            const uint32_t valid = __ballot_sync(~0u, from != nullptr);
-            mbarrier_wait(Shared::quarter_empty(ring_.at()), ring_.phase() ^ 1);
-            if (from == nullptr && lane() < kRowsOfWarp) clear_row(row);
-            if (lane() == 0) Shared::valid(ring_.at())[warp] = valid;
-            __syncwarp();
-            open(__popc(valid));
-            if (from != nullptr) load(row, from, 1);
-            ring_.advance();
-        }
-    }
-
-    // Null if there is no such key.
-    __device__ const uint8_t* row_of(const int* table, int entry) const {
-        if (entry < 0) return nullptr;
-        if (p_.page_size == 0) return entry < p_.num_pages ? p_.cache + entry * int64_t{kRowBytes} : nullptr;
-        int page = unsigned(entry) / unsigned(p_.page_size);  // too large for divide()
-        const int row = entry - page * p_.page_size;
-        if (p_.max_pages > 0) {
-            if (page >= p_.max_pages) return nullptr;
-            page = table[page];
-        }
-        if (unsigned(page) >= unsigned(p_.num_pages)) return nullptr;
-        return p_.cache + page * p_.page_stride + row * kRowBytes;
-    }
-
-    // Zeros, for what an older tile has left is not to be multiplied, not even by 0.
-    __device__ void clear_row(int row) const {
-        uint8_t* to = shared_memory + ring_.at() * kQuarterBytes + row * kRowBytes;
-#pragma unroll 1
-        for (int i = 0; i < kRowBytes; i += 16) *reinterpret_cast<uint4*>(to + i) = {0, 0, 0, 0};
     }
 
     // Waits until the next slot is empty and says how many rows will fill it.

@@ -37,8 +37,10 @@ class Scorer {
 
     // Masks and weighs the scores of a span and sends P. The item has `tokens` more tokens, the request `left`.
     __device__ void weigh(float (&s)[kScores], int tokens, int left) {
-        if (tokens < kSpan) clear_rows_from(quarters_, tokens);
-        if (min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kSpan) mask(s, tokens, left);
+        if (!kGather && tokens < kSpan) clear_rows_from(quarters_, tokens);
+        if constexpr (kGather)
+            mask_invalid(s);
+        else if (min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kSpan) mask(s, tokens, left);
         float factor[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -88,6 +90,18 @@ class Scorer {
                 Shared::weights(message_.at(), step) = {w[0], w[1], w[2], w[3]};
             }
         }
+    }
+
+    // Of listed keys, those that are not there.
+    __device__ void mask_invalid(float (&s)[kScores]) const {
+        const Ring<kRopeSlots> tile = rope_.after(2 * kRopeSlots - 1);  // whose scores these are
+        const uint2 valid = *reinterpret_cast<const uint2*>(Shared::valid(tile.phase() * kRopeSlots + tile.at()));
+        if ((valid.x & valid.y) == ~0u) return;
+        const unsigned first = thread_anew() % 4 * 2;
+        const uint32_t bits[2] = {valid.x >> first, valid.y >> first};
+#pragma unroll
+        for (int i = 0; i < kScores; ++i)
+            if (!(bits[i / 16] >> (i / 4 % 4 * 8 + i % 2) & 1)) s[i] = -INFINITY;
     }
 
     __device__ void mask(float (&s)[kScores], int tokens, int left) const {

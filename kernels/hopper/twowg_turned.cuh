@@ -231,9 +231,9 @@ class TurnedScorer {
     }
 
     // Of listed keys, those that are not there.
-    __device__ void mask_invalid(float (&s)[32]) const {
+    __device__ void mask_invalid(float (&s)[32]) {
         // This warp's 16 tokens.
-        const uint32_t valid = Shared::valid(quarters_.after(kQuarterSlots - 1).at())[thread_anew() / kWarp % 4];
+        const uint32_t valid = Shared::valid(tiles_++)[thread_anew() / kWarp % 4];
         if (valid == 0xFFFF) return;
         const uint32_t bits = valid >> thread_anew() % kWarp / 4;
 #pragma unroll
@@ -335,6 +335,7 @@ class TurnedScorer {
     float log2_scale_[2];    // of the lane's tokens' largest scales
     uint32_t unset_;                         // a bit for each row that has not seen a key yet
     unsigned queries_ = 0;
+    int tiles_ = 0;
     Ring<kQuarterSlots> quarters_;
     Ring<kRopeSlots> rope_;
     Ring<kMessageSlots> message_;

@@ -71,8 +71,13 @@ def twowg_name(operands: str, cluster: int) -> str:
     return f"twowg_{operands}_c{cluster}"
 
 
-ROWS_NAME, GATHER_NAME = "twowg_fp8_ds_mla", "twowg_gather_fp8_ds_mla"
-"""The 64-row kernel for fp8_ds_mla caches: all keys of a request, or listed ones."""
+ROWS_NAME = "twowg_fp8_ds_mla"
+_GATHER = {"bf16": "bf16", "fp16": "fp16", "fp8_ds_mla": "scaled"}
+"""Of the 64-row kernel for listed keys, a cache's format and twowg.cu's name."""
+
+
+def gather_name(cache_format: str) -> str:
+    return f"twowg_gather_{cache_format}"
 
 
 def _twowg(name: str, operands: str, cluster: int = 1, gather: bool = False) -> Variant:
@@ -88,6 +93,6 @@ VARIANTS = {
         *(_swapab(form, rows) for form in _FORMATS for rows in swapab_rows(form)),
         *(_twowg(twowg_name(name, n), operands, n) for name, operands in _TWOWG.items() for n in (1, 2)),
         _twowg(ROWS_NAME, "scaled"),
-        _twowg(GATHER_NAME, "scaled", gather=True),
+        *(_twowg(gather_name(name), operands, gather=True) for name, operands in _GATHER.items()),
     )
 }

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// The copying warps of the 64-row kernel where the keys of a request are listed: four, each with 16 rows of a tile.
+#pragma once
+
+#include "twowg_copy.cuh"
+#include "twowg_product.cuh"
+
+class Gatherer {
+  public:
+    __device__ explicit Gatherer(const Params& p) : p_(p) {}
+
+    __device__ void run() {
+        Tasks::begin();
+        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done())
+            if (step == Step::kAttend) gather_item(Tasks::item());
+    }
+
+  private:
+    static constexpr int kRowsOfWarp = kTile / kCopiers;
+    static constexpr int kSteps = 5;  // of a tile with 16-bit rows: four quarters, rope
+
+    __device__ static int lane() { return thread_anew() % kWarp; }
+    __device__ static int warp() { return thread_anew() / kWarp % 4; }
+
+    // A row for each of the first 16 lanes. The next tile's entries are on their way meanwhile.
+    __device__ void gather_item(const Item& item) {
+        if (warp() == 0) prefetch_query(p_, item.request);
+        int entry = entry_of(item, item.tile_begin);
+#pragma unroll 1
+        for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
+            const uint8_t* from = row_of(item.request, entry);
+            entry = entry_of(item, tile + 1);
+            if constexpr (kScaled)
+                copy_rows(from);
+            else
+                copy_pieces(from, tile > item.tile_begin);
+        }
+        if constexpr (!kScaled) {
+            wait_for_async_copies();
+#pragma unroll 1
+            for (int step = 0; step < kSteps; ++step) hand_over(step, 4 - step, 1);
+        }
+    }
+
+    __device__ int entry_of(const Item& item, int tile) const {
+        const int at = tile * kTile + warp() * kRowsOfWarp + lane();
+        if (lane() >= kRowsOfWarp || at >= min(item.seq_len, item.tile_end * kTile)) return -1;
+        return p_.indices[item.request * p_.index_stride + at];
+    }
+
+    // Null if there is no such key.
+    __device__ const uint8_t* row_of(int request, int entry) const {
+        if (entry < 0) return nullptr;
+        if (p_.page_size == 0) return entry < p_.num_pages ? p_.cache + entry * int64_t{kRowBytes} : nullptr;
+        int page = unsigned(entry) / unsigned(p_.page_size);  // too large for divide()
+        const int row = entry - page * p_.page_size;
+        if (p_.max_pages > 0) {
+            if (page >= p_.max_pages) return nullptr;
+            page = p_.block_table[divide(request, p_.sharers) * p_.table_stride + page];
+        }
+        if (unsigned(page) >= unsigned(p_.num_pages)) return nullptr;
+        return p_.cache + page * p_.page_stride + row * kRowBytes;
+    }
+
+    // ---- fp8_ds_mla: whole rows, each by one instruction, some 40 cycles to issue ----
+
+    __device__ void copy_rows(const uint8_t* from) {
+        const uint32_t valid = __ballot_sync(~0u, from != nullptr), full = Shared::quarter_full(quarters_.at());
+        const int row = warp() * kRowsOfWarp + lane();
+        mbarrier_wait(Shared::quarter_empty(quarters_.at()), quarters_.phase() ^ 1);
+        if (from == nullptr && lane() < kRowsOfWarp) clear_row(row);
+        if (lane() == 0) Shared::valid(tiles_)[warp()] = valid;
+        __syncwarp();
+        if (lane() == 0) mbarrier_expect_tx(full, __popc(valid) * kRowBytes);
+        __syncwarp();
+        if (from != nullptr) bulk_load(Shared::quarter(quarters_.at()) + row * kRowBytes, from, kRowBytes, full);
+        quarters_.advance();
+        ++tiles_;
+    }
+
+    // Zeros, for what an older tile has left is not to be multiplied, not even by 0.
+    __device__ void clear_row(int row) const {
+        uint8_t* to = shared_memory + quarters_.at() * kQuarterBytes + row * kRowBytes;
+#pragma unroll 1
+        for (int i = 0; i < kRowBytes; i += 16) *reinterpret_cast<uint4*>(to + i) = {0, 0, 0, 0};
+    }
+
+    // ---- 16-bit rows: by 16 bytes, into wgmma's swizzle; zeros for what is not there ----
+    //
+    // A step of a tile is handed over when the same step of the next tile is on its way.
+
+    __device__ void copy_pieces(const uint8_t* from, bool has_older) {
+        const uint32_t valid = __ballot_sync(~0u, from != nullptr) & 0xFFFF;
+        uint64_t address = reinterpret_cast<uint64_t>(from != nullptr ? from : p_.cache);
+#pragma unroll 1
+        for (int step = 0; step < kSteps; ++step) {
+            const bool is_rope = step == kSteps - 1;
+            uint32_t to;
+            if (is_rope) {
+                mbarrier_wait(Shared::rope_empty(rope_.at()), rope_.phase() ^ 1);
+                if (lane() == 0) Shared::valid(rope_.phase() * kRopeSlots + rope_.at())[warp()] = valid;
+                to = Shared::rope(rope_.at());
+                rope_.advance();
+            } else {
+                mbarrier_wait(Shared::quarter_empty(quarters_.at()), quarters_.phase() ^ 1);
+                to = Shared::quarter(quarters_.at());
+                quarters_.advance();
+            }
+            const unsigned lane = thread_anew() % kWarp, chunk = lane % 8;
+            to += warp() * kRowsOfWarp / 8 * (is_rope ? kAtomBytes : kGroupBytes);
+#pragma unroll
+            for (int i = 0; i < kRowsOfWarp; i += 4) {  // four rows of 128 bytes at a time
+                const int row = i + lane / 8;
+                const uint8_t* piece = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, address, row)) + chunk * 16;
+                const bool live = valid >> row & 1;
+                const uint32_t at = to + i / 8 * (is_rope ? kAtomBytes : kGroupBytes) + row % 8 * 128 + ((chunk ^ row % 8) << 4);
+                copy_16_async(at, piece, live);
+                if (!is_rope) copy_16_async(at + kAtomBytes, piece + 128, live);
+            }
+            address += 256;
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            if (!has_older) continue;
+            asm volatile("cp.async.wait_group %0;" ::"n"(kSteps) : "memory");
+            hand_over(step, 1 + (step < kSteps - 1 ? 4 : 0), 2);
+        }
+    }
+
+    // The step of a tile whose quarter, or rope part, was copied so many before what is copied next.
+    __device__ void hand_over(int step, int quarters_ago, int ropes_ago) const {
+        fence_proxy_async();
+        __syncwarp();
+        warp_arrive(step == kSteps - 1 ? Shared::rope_full(rope_.after(2 * kRopeSlots - ropes_ago).at())
+                                       : Shared::quarter_full(quarters_.after(2 * kQuarterSlots - quarters_ago).at()));
+    }
+
+    const Params& p_;
+    Ring<kQuarterSlots> quarters_;
+    Ring<kRopeSlots> rope_;
+    int tiles_ = 0;  // fp8_ds_mla: so far
+};
