@@ -17,7 +17,6 @@ class Gatherer {
 
   private:
     static constexpr int kRowsOfWarp = kTile / kCopiers;
-    static constexpr int kSteps = 5;  // of a tile with 16-bit rows: four quarters, rope
 
     __device__ static int lane() { return thread_anew() % kWarp; }
     __device__ static int warp() { return thread_anew() / kWarp % 4; }
@@ -33,12 +32,7 @@ class Gatherer {
             if constexpr (kScaled)
                 copy_rows(from);
             else
-                copy_pieces(from, tile > item.tile_begin);
-        }
-        if constexpr (!kScaled) {
-            wait_for_async_copies();
-#pragma unroll 1
-            for (int step = 0; step < kSteps; ++step) hand_over(step, 4 - step, 1);
+                copy_pieces(from);
         }
     }
 
@@ -86,51 +80,48 @@ class Gatherer {
     }
 
     // ---- 16-bit rows: by 16 bytes, into wgmma's swizzle; zeros for what is not there ----
-    //
-    // A step of a tile is handed over when the same step of the next tile is on its way.
 
-    __device__ void copy_pieces(const uint8_t* from, bool has_older) {
-        const uint32_t valid = __ballot_sync(~0u, from != nullptr) & 0xFFFF;
+    __device__ void copy_pieces(const uint8_t* from) {
+        const uint32_t valid = __ballot_sync(~0u, from != nullptr);
         uint64_t address = reinterpret_cast<uint64_t>(from != nullptr ? from : p_.cache);
 #pragma unroll 1
-        for (int step = 0; step < kSteps; ++step) {
-            const bool is_rope = step == kSteps - 1;
-            uint32_t to;
-            if (is_rope) {
-                mbarrier_wait(Shared::rope_empty(rope_.at()), rope_.phase() ^ 1);
-                if (lane() == 0) Shared::valid(rope_.phase() * kRopeSlots + rope_.at())[warp()] = valid;
-                to = Shared::rope(rope_.at());
-                rope_.advance();
-            } else {
-                mbarrier_wait(Shared::quarter_empty(quarters_.at()), quarters_.phase() ^ 1);
-                to = Shared::quarter(quarters_.at());
-                quarters_.advance();
-            }
-            const unsigned lane = thread_anew() % kWarp, chunk = lane % 8;
-            to += warp() * kRowsOfWarp / 8 * (is_rope ? kAtomBytes : kGroupBytes);
+        for (int quarter = 0; quarter < 4; ++quarter, address += 256) {
+            const uint32_t full = Shared::quarter_full(quarters_.at());
+            mbarrier_wait(Shared::quarter_empty(quarters_.at()), quarters_.phase() ^ 1);
+            copy_blocks<2>(address, valid, Shared::quarter(quarters_.at()));
+            arrive_with_copies(full);
+            quarters_.advance();
+        }
+        mbarrier_wait(Shared::rope_empty(rope_.at()), rope_.phase() ^ 1);
+        copy_blocks<1>(address, valid, Shared::rope(rope_.at()));
+        arrive_with_copies(Shared::rope_full(rope_.at()));
+        if (lane() == 0) {
+            Shared::valid(rope_.phase() * kRopeSlots + rope_.at())[warp()] = valid;
+            mbarrier_arrive(Shared::rope_full(rope_.at()));
+        }
+        rope_.advance();
+    }
+
+    // Of this warp's 16 rows BLOCKS x 128 bytes, four rows at a time.
+    template <int BLOCKS>
+    __device__ static void copy_blocks(uint64_t address, uint32_t valid, uint32_t to) {
+        constexpr int kBytes = BLOCKS * kAtomBytes;  // of eight rows
+        const unsigned chunk = lane() % 8;
+        to += warp() * kRowsOfWarp / 8 * kBytes;
 #pragma unroll
-            for (int i = 0; i < kRowsOfWarp; i += 4) {  // four rows of 128 bytes at a time
-                const int row = i + lane / 8;
-                const uint8_t* piece = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, address, row)) + chunk * 16;
-                const bool live = valid >> row & 1;
-                const uint32_t at = to + i / 8 * (is_rope ? kAtomBytes : kGroupBytes) + row % 8 * 128 + ((chunk ^ row % 8) << 4);
-                copy_16_async(at, piece, live);
-                if (!is_rope) copy_16_async(at + kAtomBytes, piece + 128, live);
-            }
-            address += 256;
-            asm volatile("cp.async.commit_group;" ::: "memory");
-            if (!has_older) continue;
-            asm volatile("cp.async.wait_group %0;" ::"n"(kSteps) : "memory");
-            hand_over(step, 1 + (step < kSteps - 1 ? 4 : 0), 2);
+        for (int i = 0; i < kRowsOfWarp; i += 4) {
+            const int row = i + lane() / 8;
+            const uint8_t* from = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, address, row)) + chunk * 16;
+#pragma unroll
+            for (int block = 0; block < BLOCKS; ++block)
+                copy_16_async(to + i / 8 * kBytes + block * kAtomBytes + row % 8 * 128 + ((chunk ^ row % 8) << 4),
+                              from + block * 128, valid >> row & 1);
         }
     }
 
-    // The step of a tile whose quarter, or rope part, was copied so many before what is copied next.
-    __device__ void hand_over(int step, int quarters_ago, int ropes_ago) const {
-        fence_proxy_async();
-        __syncwarp();
-        warp_arrive(step == kSteps - 1 ? Shared::rope_full(rope_.after(2 * kRopeSlots - ropes_ago).at())
-                                       : Shared::quarter_full(quarters_.after(2 * kQuarterSlots - quarters_ago).at()));
+    // Arrives when this thread's copies have. What they bring is no operand yet: the reader has to fence.
+    __device__ static void arrive_with_copies(uint32_t full) {
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
     }
 
     const Params& p_;

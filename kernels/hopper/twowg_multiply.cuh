@@ -172,6 +172,7 @@ class Multiplier {
         const Ring<kQuarterSlots> right = quarters_.after(1);
         mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());  // long complete
         mbarrier_wait(Shared::quarter_full(right.at()), right.phase());
+        if (kFencesAfterCopies) fence_proxy_async();
         const uint32_t v[2] = {units_of(Shared::quarter(quarters_.at())), units_of(Shared::quarter(right.at()))};
 #pragma unroll
         for (int step = 0; step < 4; ++step) {

@@ -56,9 +56,10 @@ constexpr bool kWidens = std::is_same_v<Element, widened> || kScaled;
 #define FUSEDMLA_GATHER 0
 #endif
 constexpr bool kGather = FUSEDMLA_GATHER;  // the keys of a request are listed
-constexpr int kGatherers = 4, kCopiers = kGather ? kGatherers : 1;  // warps
+constexpr int kCopiers = kGather ? 4 : 1;  // warps
 constexpr bool kTurned = kE4m3 || kWidens;  // O^T += V^T P^T: V is the operand that comes from registers
 static_assert(!kGather || kScaled || !kTurned);
+constexpr bool kFencesAfterCopies = kGather && !kScaled;  // they are not the asynchronous proxy's: see Gatherer
 constexpr int kCacheBytes = kTurned ? 1 : 2, kOperandBytes = kE4m3 ? 1 : 2;
 constexpr int kSpan = kE4m3 ? 2 * kTile : kTile;  // tokens that are scored and multiplied at a time
 
@@ -207,14 +208,14 @@ struct Shared {
     static __device__ uint32_t query_full() { return rope_full(2 * kRopeSlots); }
 
     static __device__ void init_barriers() {
-        constexpr int kScorerWarps = 4, kMultiplierWarps = 8;
+        constexpr int kScorerWarps = 4, kMultiplierWarps = 8, kFills = kCopiers * (kFencesAfterCopies ? kWarp : 1);
         for (int i = 0; i < kQuarterSlots; ++i) {
-            mbarrier_init(quarter_full(i), kCopiers);
+            mbarrier_init(quarter_full(i), kFills);
             // Every CTA's, for copies go to all.
             mbarrier_init(quarter_empty(i), (kParts == 1 ? kMultiplierWarps : kMultiplierWarps / 2) * kCluster);
         }
         for (int i = 0; i < kRopeSlots; ++i) {
-            mbarrier_init(rope_full(i), kCopiers);
+            mbarrier_init(rope_full(i), kFills + (kFencesAfterCopies ? kCopiers : 0));
             mbarrier_init(rope_empty(i), kScorerWarps * kCluster);
         }
         mbarrier_init(query_full(), kMultiplierWarps);

@@ -62,6 +62,7 @@ class Product {
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
             mbarrier_wait(Shared::quarter_full(quarters.at()), quarters.phase());
+            if (kFencesAfterCopies) fence_proxy_async();
             const uint32_t keys = units_of(Shared::quarter(quarters.at()));
             quarters.advance();
             wgmma_fence();
@@ -77,6 +78,7 @@ class Product {
             if (quarter >= kQueryQuarters) query += 2 * kBlock;
         }
         mbarrier_wait(Shared::rope_full(rope.at()), rope.phase());
+        if (kFencesAfterCopies) fence_proxy_async();
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 4; ++step)
