@@ -81,7 +81,11 @@ _HOPPER_TABLE = (
 )
 _HOPPER_SPARSE_TABLE = (
     # caches | fewest heads | kernel, heads of a block
-    (_SIXTEEN_BIT + _DS_MLA, 17, ("twowg_gather", 64)),  # up to 16 the portable kernel pads less and is as fast or faster
+    (
+        _SIXTEEN_BIT + _DS_MLA,
+        17,
+        ("twowg_gather", 64),
+    ),  # up to 16 the portable kernel pads less and is as fast or faster
 )
 _HOPPER_TILE, _HOPPER_WARPS = 64, 12
 LARGEST_TILE = max(_HOPPER_TILE, *(values[1] for *_, values in _TABLE))

@@ -81,7 +81,8 @@ def mla_sparse_prefill(
     out: torch.Tensor | None = None,
     max_logits: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with_max_logits: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Attention of each query token to the rows of `kv` that its list names; no batch dimension.
 
     Args:
@@ -90,17 +91,19 @@ def mla_sparse_prefill(
         indices: ``[s, topk]`` int32, rows of `kv`.
         topk_length: ``[s]`` int32 or None.
         out: ``[s, h_q, 512]`` in q's dtype; max_logits, lse: ``[s, h_q]`` float32; all contiguous.
+        with_max_logits: whether max_logits is wanted; only the portable kernel knows it, so without it the Hopper ones
+            can serve.
 
     Returns:
-        out, max_logits and lse: max_logits is the largest score times `sm_scale`, -inf for a token without keys.
+        out, max_logits and lse: max_logits is the largest score times `sm_scale`, -inf for a token without keys; None
+        if not wanted.
     """
     q_nope, q_rope = (part.unsqueeze(1) for part in split_query(q))
     s, _, h_q, _ = q_nope.shape
     out = q_nope.new_empty(s, h_q, layout.D_V) if out is None else out
-    max_logits, lse = (
-        torch.empty(s, h_q, dtype=torch.float32, device=q_nope.device) if given is None else given
-        for given in (max_logits, lse)
-    )
+    if max_logits is None and with_max_logits:
+        max_logits = torch.empty(s, h_q, dtype=torch.float32, device=q_nope.device)
+    lse = torch.empty(s, h_q, dtype=torch.float32, device=q_nope.device) if lse is None else lse
     cache = kv.unsqueeze(1)
     if plan is None:
         plan = sparse_plan(h_q, layout.cache_format(cache), q_nope.device, prefill=True)
@@ -264,7 +267,7 @@ def _attend_on_hopper(
     if workspace is None:
         shapes = plan.workspace_shapes(b, s_q, h_q)[:2]
         workspace = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
-    lengths = list_lengths(topk_length, b, s_q, indices.shape[2], device)
+    lengths = list_lengths(topk_length, b, s_q, indices.shape[2])
     sparse_decode(
         q_nope, q_rope, cache, indices, lengths, block_table, out, lse, workspace, plan=plan, sm_scale=sm_scale
     )

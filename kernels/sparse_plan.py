@@ -73,6 +73,13 @@ class SparsePlan:
         slots = b * s_q * params.max_splits if params.batch_invariant else _MAX_WAVES * params.num_programs
         return self.shapes_for(slots, b * s_q, h_q)
 
+    def launch_shapes(self, tokens: int, topk: int, h_q: int) -> tuple[tuple[int, ...], ...]:
+        """What a launch for `tokens` lists of `topk` entries needs of them."""
+        if self.on_hopper:
+            return self.shapes_for(hopper.max_slots(self.params, tokens), tokens, h_q)
+        pieces, _ = self.pieces(tokens, topk)
+        return self.shapes_for(tokens * pieces if pieces > 1 else 1, tokens, h_q)
+
     @staticmethod
     def shapes_for(slots: int, tokens: int, h_q: int) -> tuple[tuple[int, ...], ...]:
         """The same for an exact number of partial results."""

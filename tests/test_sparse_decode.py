@@ -187,6 +187,7 @@ def test_prefill(cache_format, num_sms, device):
     out, max_logits, lse = sparse_decode.mla_sparse_prefill(q, kv, indices, plan=plan, out=out, **options)
     assert_matches(problem, out.unsqueeze(1), lse.unsqueeze(1))
     want = sparse_reference.mla_sparse_prefill(q.double(), kv, indices, compute_dtype=torch.float64, **options)[1]
+    assert max_logits is not None
     torch.testing.assert_close(max_logits.double(), want, rtol=8.01 / 65536, atol=2e-5)
 
 
@@ -196,7 +197,7 @@ def test_an_empty_batch(device):
     out, lse = sparse_decode.mla_sparse_decode(q[:0], cache, indices[:0])
     assert out.shape == (0, 1, 4, 512) and lse.shape == (0, 1, 4)
     results = sparse_decode.mla_sparse_prefill(q[:0, 0], cache.flatten(0, 1), indices[:0, 0])
-    assert [r.shape for r in results] == [(0, 4, 512), (0, 4), (0, 4)]
+    assert [r.shape for r in results if r is not None] == [(0, 4, 512), (0, 4), (0, 4)]
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -122,6 +122,7 @@ class SparseLimits:
         dtype: of the model, and so of the query.
         cache_format: a name of `layout`.
         batch_invariant: whether the splits of a token's keys may depend on their number only.
+        portable: whether VLLM_FUSEDMLA_KERNEL asks for the portable kernel.
     """
 
     tokens: int
@@ -133,6 +134,7 @@ class SparseLimits:
     dtype: torch.dtype
     cache_format: str
     batch_invariant: bool
+    portable: bool = False
 
     @classmethod
     def of(cls, vllm_config: Any, heads: int, kv_cache_dtype: str) -> SparseLimits:
@@ -149,11 +151,12 @@ class SparseLimits:
             dtype=dense.dtype,
             cache_format=dense.cache_format,
             batch_invariant=dense.batch_invariant,
+            portable=dense.portable,
         )
 
     def plan(self, device: torch.device, prefill: bool = False) -> SparsePlan:
         """The launch plan of a step's decodes, or of its prefills; an equal one at every call."""
-        plan = sparse_plan(self.heads, self.cache_format, device, self.batch_invariant, prefill)
+        plan = sparse_plan(self.heads, self.cache_format, device, self.batch_invariant, prefill, self.portable)
         if not self.batch_invariant:
             return plan
         # As for dense decodes: the splits may depend on the engine's limits, never on the batch.
@@ -163,8 +166,7 @@ class SparseLimits:
 
     def workspace_shapes(self, plan: SparsePlan, tokens: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of the scratch tensors that a launch for `tokens` tokens needs."""
-        pieces, _ = plan.pieces(tokens, self.topk)
-        return plan.shapes_for(tokens * pieces if pieces > 1 else 1, tokens, self.heads)
+        return plan.launch_shapes(tokens, self.topk, self.heads)
 
     def reserve_workspace(self, device: torch.device) -> None:
         """Grow vLLM's scratch memory to what any step may need, so that it is in place before profiling and capture."""

@@ -53,8 +53,8 @@ class SparseFusedMLA(Provider):
         lse = torch.empty(rows, dtype=torch.float32, device=device)
         options = {"sm_scale": x.sm_scale, "k_scale": x.k_scale, "plan": plan, "workspace": workspace}
         if case.prefill:
-            kv, max_logits = x.cache.flatten(0, 1), torch.empty_like(lse)
-            results = {"out": out[0], "max_logits": max_logits[0], "lse": lse[0]}
+            kv = x.cache.flatten(0, 1)
+            results = {"out": out[0], "lse": lse[0], "with_max_logits": False}  # nor does vLLM look at FlashMLA's
 
             def call():
                 return self._ops.mla_sparse_prefill(x.q[0], kv, indices[0], **options, **results)
@@ -90,8 +90,4 @@ class SparseFusedMLAPortable(SparseFusedMLA):
     name = "fusedmla-portable"
 
     def plan_for(self, x: Inputs) -> "SparsePlan":
-        from vllm_fusedmla.kernels.common import device_facts
-        from vllm_fusedmla.kernels.select import select_sparse
-
-        arch, num_sms = device_facts(x.q.device)
-        return self._plan.make_sparse_plan(select_sparse(arch, x.case.h_q, x.dtype), x.case.h_q, num_sms, False)
+        return self._plan.sparse_plan(x.case.h_q, x.dtype, x.q.device, prefill=x.case.prefill, portable=True)

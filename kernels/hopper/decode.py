@@ -58,7 +58,7 @@ def twowg_tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
 def launch_params(
     q_nope: torch.Tensor,
     q_rope: torch.Tensor,
-    seq_lens: torch.Tensor,
+    lengths: torch.Tensor | int,
     out: torch.Tensor,
     lse: torch.Tensor,
     workspace: tuple[torch.Tensor, ...],
@@ -66,11 +66,18 @@ def launch_params(
     schedule: ScheduleParams,
     sm_scale: float,
 ) -> tuple[Params, torch.Tensor]:
-    """What all launches have: query, lengths, results, schedule. Also the counters, to be kept until the launch."""
+    """What all launches have: query, lengths, results, schedule. Also the counters, to be kept until the launch.
+
+    `lengths` are ``[b]`` int32, or one for all.
+    """
     b, s_q, h_q, _ = q_nope.shape
     p = Params()
     p.q_nope, p.q_rope, p.out, p.lse = q_nope.data_ptr(), q_rope.data_ptr(), out.data_ptr(), lse.data_ptr()
-    p.seq_lens = seq_lens.data_ptr()
+    length = 0
+    if isinstance(lengths, torch.Tensor):
+        p.seq_lens = lengths.data_ptr()
+    else:
+        length = lengths
     p.partial_out, p.partial_lse = workspace[0].data_ptr(), workspace[1].data_ptr()
     arrivals = launch.counters(b * row_blocks(config, s_q * h_q))
     p.arrivals = arrivals.data_ptr()
@@ -78,7 +85,7 @@ def launch_params(
     p.q_rope_stride = Strides(*q_rope.stride()[:3])
     p.schedule = Schedule(
         b, schedule.num_programs, schedule.fixed_tiles, schedule.min_tiles, schedule.min_tiles,
-        schedule.batch_invariant, schedule.max_splits,
+        schedule.batch_invariant, schedule.max_splits, length,
     )  # fmt: skip
     p.scale_log2 = sm_scale * LOG2_E
     p.s_q, p.h_q, p.q_is_fp16 = s_q, h_q, q_nope.dtype == torch.float16

@@ -15,6 +15,7 @@ struct Schedule {
     int fixed_tiles, min_tiles;
     int min_share;  // of a program, in tiles and fixed tiles
     int batch_invariant, max_splits;
+    int length;  // of every request, where there are no seq_lens
 };
 
 struct Strides {  // in elements
@@ -30,7 +31,7 @@ struct Params {
     const uint8_t* cache;    // where rows are not copied by the maps: [num_pages, page_size, row bytes]
     const int* indices;      // [b, index_stride], the keys of each request where it lists them
     const int* block_table;  // [b, max_pages]
-    const int* seq_lens;   // [b]
+    const int* seq_lens;   // [b], or null
     void* out;             // [b, s_q, h_q, 512]
     float* lse;            // [b, s_q, h_q]
     float* partial_out;    // [slots, s_q * h_q, 512]

@@ -9,7 +9,16 @@ class Schedule(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int)
-        for name in ("b", "programs", "fixed_tiles", "min_tiles", "min_share", "batch_invariant", "max_splits")
+        for name in (
+            "b",
+            "programs",
+            "fixed_tiles",
+            "min_tiles",
+            "min_share",
+            "batch_invariant",
+            "max_splits",
+            "length",
+        )
     ]
 
 

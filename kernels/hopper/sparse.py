@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse MLA attention on Hopper: one launch of a CUDA kernel that gathers listed keys."""
 
-from functools import lru_cache
-
 import torch
 
 from .. import layout
@@ -11,15 +9,10 @@ from . import launch, row_blocks, variant_of
 from .decode import launch_params
 
 
-@lru_cache(maxsize=64)
-def _full_lists(tokens: int, topk: int, device: torch.device) -> torch.Tensor:
-    return torch.full((tokens,), topk, dtype=torch.int32, device=device)
-
-
-def list_lengths(topk_length: torch.Tensor | None, b: int, s_q: int, topk: int, device: torch.device) -> torch.Tensor:
-    """How many entries of each query token's list count, ``[b * s_q]`` int32, contiguous."""
+def list_lengths(topk_length: torch.Tensor | None, b: int, s_q: int, topk: int) -> torch.Tensor | int:
+    """How many entries of each query token's list count, ``[b * s_q]`` int32, contiguous; or of all."""
     if topk_length is None:
-        return _full_lists(b * s_q, topk, device)
+        return topk
     if topk_length.dim() == 1:
         topk_length = topk_length.unsqueeze(1)
     return topk_length.expand(b, s_q).reshape(-1).contiguous()
@@ -30,7 +23,7 @@ def sparse_decode(
     q_rope: torch.Tensor,
     cache: torch.Tensor,
     indices: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | int,
     block_table: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,

@@ -38,7 +38,7 @@ class Work {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int request = base + i * kWarp + int(threadIdx.x % kWarp);
-                lens[i] = request < schedule_.b ? seq_lens_[request] : -1;
+                lens[i] = request < schedule_.b ? length_of(request) : -1;
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -107,6 +107,8 @@ class Work {
     }
 
   private:
+    __device__ int length_of(int request) const { return seq_lens_ ? seq_lens_[request] : schedule_.length; }
+
     struct Shape {
         int tiles, chunk, pieces, cost;
     };
@@ -164,7 +166,7 @@ class Work {
         base_ = base;
         taken_ = pieces_taken_ = 0;
         const bool inside = base + lane < schedule_.b;
-        lane_len_ = inside ? seq_lens_[base + lane] : 0;
+        lane_len_ = inside ? length_of(base + lane) : 0;
         lane_end_ = inside ? shape(lane_len_).cost : 0;
         if (cost_) {
             lane_end_ = min(lane + 1, schedule_.b - base) * cost_;

@@ -14,32 +14,46 @@ import torch
 from problems import CACHE_DTYPE, FORMATS, assert_matches, random_lengths
 from sparse_problems import make_sparse_problem
 
-from vllm_fusedmla.kernels import cache_write, layout, sparse_decode, sparse_reference
-from vllm_fusedmla.kernels.sparse_plan import sparse_plan
+from vllm_fusedmla.kernels import cache_write, hopper, layout, sparse_decode, sparse_reference
+from vllm_fusedmla.kernels.common import device_facts
+from vllm_fusedmla.kernels.select import DecodeConfig
+from vllm_fusedmla.kernels.sparse_plan import make_sparse_plan, sparse_plan
 
 HEADS = [1, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128]
 SERVED = ["bf16", "fp8", "fp8_ds_mla"]
 SOAK_SECONDS = float(os.environ.get("FUSEDMLA_SOAK_SECONDS", "20"))
 
 
-def plan_of(problem, batch_invariant=False):
-    return sparse_plan(problem.q.shape[2], problem.cache_format, problem.q.device, batch_invariant)
+KERNELS = ["chosen", "portable", "twowg_gather"]
 
 
-def attend(problem, batch_invariant=False, **options):
-    options = {"plan": plan_of(problem, batch_invariant), **problem.keywords(), **options}
+def plan_of(problem, batch_invariant=False, kernel="chosen"):
+    """A plan for the kernel of that name, where there is one for the problem; otherwise for the portable one."""
+    h_q, cache_format, device = problem.q.shape[2], problem.cache_format, problem.q.device
+    if kernel != "twowg_gather":
+        return sparse_plan(h_q, cache_format, device, batch_invariant, portable=kernel == "portable")
+    arch, num_sms = device_facts(device)
+    if arch != (9, 0) or not hopper.available() or cache_format == "fp8":
+        pytest.skip("not on this GPU, or not for this cache")
+    config = DecodeConfig(kernel, 64, 64, 12, 0, 1, 1, 1, "forced")
+    return make_sparse_plan(config, h_q, num_sms, batch_invariant)
+
+
+def attend(problem, batch_invariant=False, kernel="chosen", **options):
+    options = {"plan": plan_of(problem, batch_invariant, kernel), **problem.keywords(), **options}
     return sparse_decode.mla_sparse_decode(*problem.arguments(), k_scale=problem.k_scale, **options)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("cache_format", FORMATS)
 @pytest.mark.parametrize("h_q", HEADS)
-def test_head_counts_at_full_size(h_q, cache_format):
+def test_head_counts_at_full_size(h_q, cache_format, kernel):
     problem = make_sparse_problem(
         [0, 1, 64, 5000, *random_lengths(6, 3000)], h_q=h_q, s_q=random.choice([1, 2]), topk=2048,
         cache_format=cache_format, device="cuda", slots=random.random() < 0.5, lengths=random.random() < 0.5,
         sink=random.random() < 0.5,
     )  # fmt: skip
-    assert_matches(problem, *attend(problem, random.random() < 0.5))
+    assert_matches(problem, *attend(problem, random.random() < 0.5, kernel))
 
 
 @pytest.mark.parametrize("topk", [64, 512, 2048, 2176, 2304])
@@ -66,7 +80,8 @@ def test_soak_of_random_batches():
             spread=random.choice([0.5, 2.0, 4.0]),
         )  # fmt: skip
         batch_invariant = random.random() < 0.3
-        first, second = (attend(problem, batch_invariant) for _ in range(2))
+        kernel = random.choice(KERNELS if problem.cache_format != "fp8" else KERNELS[:2])
+        first, second = (attend(problem, batch_invariant, kernel) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert_matches(problem, *first)
         rounds += 1
@@ -76,8 +91,9 @@ def test_soak_of_random_batches():
 
 @pytest.mark.parametrize("cache_format", SERVED)
 @pytest.mark.parametrize("b", [2, 300])
-def test_cuda_graph_follows_new_lists_without_allocation(cache_format, b):
-    s_q, h_q, topk = 2, 16, 512
+@pytest.mark.parametrize("h_q", [16, 64])
+def test_cuda_graph_follows_new_lists_without_allocation(cache_format, b, h_q):
+    s_q, topk = 2, 512
     problem = make_sparse_problem(
         [900] * b, h_q=h_q, s_q=s_q, topk=topk, cache_format=cache_format, device="cuda", lengths=True
     )
@@ -120,9 +136,10 @@ def test_cuda_graph_follows_new_lists_without_allocation(cache_format, b):
         assert_matches(problem, out, lse)
 
 
-def test_no_host_synchronisation():
+@pytest.mark.parametrize("cache_format", SERVED)
+def test_no_host_synchronisation(cache_format):
     problem = make_sparse_problem(
-        [700, 0, 90], h_q=16, topk=512, cache_format="fp8", device="cuda", lengths=True, sink=True
+        [700, 0, 90], h_q=64, topk=512, cache_format=cache_format, device="cuda", lengths=True, sink=True
     )
     attend(problem)  # compile first
     torch.cuda.set_sync_debug_mode("error")
@@ -153,7 +170,8 @@ def test_batch_invariant_bits(h_q, cache_format):
 @pytest.mark.parametrize("slots", [False, True])
 def test_rows_beyond_two_to_the_31(cache_format, slots):
     """The last pages of a cache of 4 GiB, by position and by slot; the writer puts the same bytes there."""
-    problem = make_sparse_problem([200, 64], h_q=16, topk=128, cache_format=cache_format, device="cuda", slots=slots)
+    h_q = random.choice([16, 64])
+    problem = make_sparse_problem([200, 64], h_q=h_q, topk=128, cache_format=cache_format, device="cuda", slots=slots)
     cache, width = problem.cache, problem.cache.shape[2]
     used_pages, pages = cache.shape[0], 2**32 // (64 * width) + 100
     large = torch.empty(pages, 64, width, dtype=cache.dtype, device="cuda")
@@ -190,7 +208,11 @@ def test_prefill(cache_format, h_q, s):
     want = sparse_reference.mla_sparse_prefill(q.double(), kv, indices, compute_dtype=torch.float64, **problem.options)[
         1
     ]
+    assert max_logits is not None
     torch.testing.assert_close(max_logits.double(), want, rtol=8.01 / 65536, atol=2e-5)
+    out, max_logits, lse = sparse_decode.mla_sparse_prefill(q, kv, indices, with_max_logits=False, **problem.options)
+    assert max_logits is None
+    assert_matches(problem, out.unsqueeze(1), lse.unsqueeze(1))
 
 
 def test_more_tokens_than_a_grid_is_high():
