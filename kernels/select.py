@@ -139,8 +139,8 @@ def select_sparse(arch: tuple[int, int], h_q: int, cache_format: str, hopper: bo
     if cache_format not in _SIXTEEN_BIT + _FP8 + _DS_MLA:
         raise ValueError(f"sparse attention on a GPU reads bf16, fp16, fp8 and fp8_ds_mla caches, not {cache_format}")
     if hopper and arch == (9, 0):
-        for caches, fewest_heads, (kernel, block_h) in _HOPPER_SPARSE_TABLE:
-            if cache_format in caches and h_q >= fewest_heads:
+        for formats, fewest_heads, (kernel, block_h) in _HOPPER_SPARSE_TABLE:
+            if cache_format in formats and h_q >= fewest_heads:
                 reason = f"compute capability 9.0, {h_q} query heads, {cache_format} cache"
                 return DecodeConfig(kernel, block_h, _HOPPER_TILE, _HOPPER_WARPS, 0, 1, 1, 1, reason)
     for least, most, caches, most_rows, values, groups in _SPARSE_TABLE:

@@ -9,15 +9,20 @@ import sys
 
 import forced
 import torch
-from problems import make_problem
+from problems import assert_matches, make_problem
+from sparse_problems import make_sparse_problem
 
-from vllm_fusedmla.kernels import dense_decode
+from vllm_fusedmla.kernels import dense_decode, sparse_decode
+from vllm_fusedmla.kernels.common import device_facts
+from vllm_fusedmla.kernels.select import DecodeConfig
+from vllm_fusedmla.kernels.sparse_plan import make_sparse_plan
 
 # kernel, h_q, s_q, page size
 PORTABLE = [("portable_bf16", 16, 1, 64), ("portable_fp8", 16, 2, 64), ("portable_bf16", 40, 1, 16)]
 PORTABLE += [("portable_fp8", 64, 1, 32), ("portable_fp8_ds_mla", 16, 2, 64), ("portable_fp8_ds_mla", 40, 1, 16)]
 HOPPER = [("swapab_bf16_n16", 16, 1, 64), ("swapab_fp8_n8", 4, 2, 16), ("swapab_fp8_n32", 16, 2, 64)]
-HOPPER += [("swapab_fp8_ds_mla_n24", 40, 1, 16), ("pair_fp8", 64, 1, 32)]
+HOPPER += [("swapab_fp8_ds_mla_n24", 40, 1, 16), ("twowg_fp8_c1", 64, 1, 32)]
+HOPPER += [("twowg_fp8_c2", 96, 1, 64), ("twowg_fp8_ds_mla", 40, 1, 16)]
 HOPPER += [("twowg_e4m3_c1", 40, 1, 48), ("twowg_e4m3_c2", 128, 1, 64)]
 HOPPER += [("twowg_bf16_c1", 40, 1, 16), ("twowg_bf16_c2", 128, 1, 64)]
 
@@ -35,8 +40,27 @@ def main(cases: list[tuple[str, int, int, int]]) -> None:
             out, lse = dense_decode.mla_decode(*problem.arguments(), k_scale=problem.k_scale, plan=plan)
             torch.cuda.synchronize()
             forced.assert_right(name, problem, out, lse)
-    print("all launches done")
+
+
+def gather() -> None:
+    """Listed keys on Hopper, at the end of a cache that ends where its memory does."""
+    config = DecodeConfig("twowg_gather", 64, 64, 12, 0, 1, 1, 1, "forced")
+    for cache_format in ("bf16", "fp8_ds_mla"):
+        for slots in (False, True):
+            problem = make_sparse_problem(
+                [0, 1, 200, 700], h_q=40, s_q=2, topk=192, page_size=16, cache_format=cache_format, device="cuda",
+                slots=slots, lengths=slots,
+            )  # fmt: skip
+            plan = make_sparse_plan(config, 40, device_facts(problem.q.device)[1], False)
+            results = sparse_decode.mla_sparse_decode(*problem.arguments(), plan=plan, **problem.keywords())
+            torch.cuda.synchronize()
+            assert_matches(problem, *results)
 
 
 if __name__ == "__main__":
-    main(HOPPER if sys.argv[1:] == ["hopper"] else PORTABLE)
+    if sys.argv[1:] == ["hopper"]:
+        gather()
+        main(HOPPER)
+    else:
+        main(PORTABLE)
+    print("all launches done")

@@ -15,7 +15,8 @@ ON_HOPPER = [name for name in forced.KERNELS if name not in forced.PORTABLE]
 ONE_OF_EACH = [
     "swapab_bf16_n16",
     "swapab_fp8_ds_mla_n24",
-    "pair_fp8",
+    "twowg_fp8_c1",
+    "twowg_fp8_ds_mla",
     "twowg_e4m3_c1",
     "twowg_bf16_c1",
     "twowg_fp16_c2",
@@ -96,7 +97,7 @@ def test_batch_invariant_bits(name):
         assert same(part, [result[picked] for result in whole])
 
 
-@pytest.mark.parametrize("name", ["swapab_fp8_n8", "swapab_fp8_n32", "pair_fp8", "portable_fp8"])
+@pytest.mark.parametrize("name", ["swapab_fp8_n8", "swapab_fp8_n32", "twowg_fp8_c2", "portable_fp8"])
 def test_fp16_query_beside_an_fp8_cache(name):
     problem = forced.random_problem(name, lengths=[0, 5, 900, 2500])
     problem.q = problem.q.half()
@@ -229,7 +230,7 @@ def test_fp8_mma_is_asked_for():
     """The public function takes the kernel that rounds only on request."""
     problem = make_problem([900, 0, 77], h_q=64, cache_format="fp8", device="cuda", spread=1.0)
     exact = ops.mla_decode(*problem.arguments(), k_scale=problem.k_scale)
-    forced.assert_right("pair_fp8", problem, *exact)
+    forced.assert_right("twowg_fp8_c1", problem, *exact)
     rounded = ops.mla_decode(*problem.arguments(), k_scale=problem.k_scale, fp8_mma=True)
     forced.assert_right("twowg_e4m3_c1", problem, *rounded)
     assert not torch.equal(exact[0], rounded[0])
