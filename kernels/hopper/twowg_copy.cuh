@@ -40,7 +40,7 @@ __device__ inline void bulk_load(uint32_t smem, const void* from, uint32_t bytes
                  : "memory");
 }
 
-// The query into L2, where it will be looked for some spans later. A warp's work.
+// The query of an item into L2, where it will be looked for some spans later. A warp's work, of some 5000 cycles.
 __device__ inline void prefetch_query(const Params& p, int request) {
 #pragma unroll 1
     for (int i = threadIdx.x % kWarp; i < kRows; i += kWarp) {
@@ -49,6 +49,12 @@ __device__ inline void prefetch_query(const Params& p, int request) {
         prefetch_bulk(row.nope, kLatent * 2);
         prefetch_bulk(row.rope, kRope * 2);
     }
+}
+
+// The same unless it is the program's first: then everybody waits for tiles, and the query is being read already.
+__device__ inline void prefetch_later_query(const Params& p, int request, bool& is_first) {
+    if (!is_first) prefetch_query(p, request);
+    is_first = false;
 }
 
 class Copier {
@@ -69,7 +75,7 @@ class Copier {
         if (kE4m3)
             copy_query(item.request);
         else
-            prefetch_query(p_, item.request);
+            prefetch_later_query(p_, item.request, is_first_);
         const int boxes = kSpan / box_tokens();  // of a span
         const int ahead = kWarp / boxes;         // spans whose pages the warp looks up at once
         const int end = min(item.seq_len, item.tile_end * kTile);
@@ -148,6 +154,7 @@ class Copier {
     __device__ static constexpr uint64_t policy() { return kEvictNormal; }  // evict-first costs read rate
 
     const Params& p_;
+    bool is_first_ = true;
     Ring<kQuarterSlots> quarters_;
     static constexpr int kRopeBlock = kTurned ? 0 : 8;  // of 128 bytes, where its map begins
     Ring<kRopeSlots> rope_;

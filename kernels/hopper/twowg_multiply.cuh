@@ -15,19 +15,17 @@ __device__ inline unsigned* counter_of(const Params& p, const Item& item) {
 // Of both multipliers' threads.
 __device__ inline int multiplier_thread() { return threadIdx.x - kWarpgroup; }
 
-// Waits for the next task. The first warp has one more worked out on the way.
-__device__ inline Step next_task() {
-    if (multiplier_thread() < kWarp) {
-        Feeder feeder = Feeder::load();
-        feeder.feed();
-        feeder.save();
-    }
-    return Tasks::wait();
+// The first warp hands over further tasks.
+__device__ inline void feed_tasks() {
+    if (multiplier_thread() >= kWarp) return;
+    Feeder feeder = Feeder::load();
+    feeder.feed();
+    feeder.save();
 }
 
 // What comes after all of the program's own work, by both multipliers.
 __device__ inline void merge_split(const Params& p) {
-    for (; next_task() == Step::kMerge; Tasks::done()) {
+    for (; Tasks::wait() == Step::kMerge; Tasks::done(), feed_tasks()) {
         const Item& item = Tasks::item();
         const int row0 = blockIdx.x * kRows, thread = multiplier_thread();
         if (thread == 0) wait_for_pieces(counter_of(p, item), item.pieces);
@@ -50,14 +48,26 @@ class Multiplier {
 
     __device__ void run() {
         Tasks::begin();
-        for (; next_task() == Step::kAttend; Tasks::done()) attend();
+        for (bool ready = false;;) {
+            feed_tasks();
+            if (!ready) {
+                if (Tasks::wait() != Step::kAttend) break;
+                if constexpr (kTurned) load_query();
+                if (Feeder::is_at_first()) {  // all others are busy with it now: time to work out more
+                    ready = true;
+                    continue;
+                }
+            }
+            attend();
+            Tasks::done();
+            ready = false;
+        }
     }
 
   private:
     __device__ static int half() { return int(thread_anew() / kWarpgroup) - 1; }
 
     __device__ void attend() {
-        if constexpr (kTurned) load_query();
 #pragma unroll
         for (int i = 0; i < 128; ++i) o_[i / kPart][i % kPart] = 0.f;
         for (int spans = spans_of(Tasks::item()); spans > 0; --spans) {

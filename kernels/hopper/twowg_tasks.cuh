@@ -13,10 +13,11 @@ class Feeder {
   public:
     __device__ explicit Feeder(const Params& p) : work_(p.schedule, p.seq_lens, blockIdx.y) {}
 
-    // Hands over the next task, the first time some more. All lanes of the warp work them out.
+    // Hands over the next task, the second time some more. All lanes of the warp work them out.
     __device__ void feed() {
+        int due = calls_++ == 1 ? kTasksAhead : 1;
 #pragma unroll 1
-        for (; due_ > 0 && step_ != Step::kEnd; --due_) {
+        for (; due > 0 && step_ != Step::kEnd; --due) {
             Item item;
             while (step_ != Step::kEnd && !find(item)) {
                 step_ = step_ == Step::kAttend && any_split_ ? Step::kMerge : Step::kEnd;
@@ -29,8 +30,10 @@ class Feeder {
             }
             tasks_.advance();
         }
-        due_ = 1;
     }
+
+    // Whether only the first task has been handed over, for which all are waiting.
+    static __device__ bool is_at_first() { return reinterpret_cast<const Feeder*>(shared_memory + kFeederAt)->calls_ == 1; }
 
     __device__ void save() const {
         __syncwarp();
@@ -57,7 +60,7 @@ class Feeder {
     Ring<kTaskSlots> tasks_;
     Step step_ = Step::kAttend;
     bool any_split_ = false;
-    int due_ = 1 + kTasksAhead;
+    int calls_ = 0;
 };
 static_assert(sizeof(Feeder) <= kFeederBytes);
 
