@@ -22,9 +22,10 @@ pytest.importorskip("safetensors")
 
 from conftest import RUN_SEED  # noqa: E402
 
-from evals.models import mixture, run_state, train_tasks  # noqa: E402
+from evals.models import mixture, run_state, train_tasks, unsaturate  # noqa: E402
 from evals.models.export import load_checkpoint  # noqa: E402
 from evals.models.mixture import GENERATORS, LONGEST_TEXT, Mixture, any_sizes, batches, draw_batch  # noqa: E402
+from evals.models.model import DemoModel, ModelConfig  # noqa: E402
 from evals.models.sparse_model import SparseModel  # noqa: E402
 from evals.models.sparse_scores import compare  # noqa: E402
 from evals.models.task_scores import TASKS, encode_rows, score_task, tasks_of  # noqa: E402
@@ -32,7 +33,7 @@ from evals.models.tokenizer import VOCABULARIES, build_tokenizer  # noqa: E402
 from evals.tasks import chain_recall, words  # noqa: E402
 
 CHECKPOINTS = sorted(path.parent for path in (PROJECT / "evals" / "models").glob("*/model.safetensors"))
-COMMITTED_BESIDE_DEMO = ("demo-dsa", "unsaturated")
+COMMITTED_BESIDE_DEMO = ("demo-dsa",)
 
 
 def test_batches_are_examples_of_the_tasks() -> None:
@@ -108,7 +109,6 @@ def test_training_learns_and_writes_a_checkpoint(monkeypatch: pytest.MonkeyPatch
     count_steps(monkeypatch, 60)
     # From the first step on the mixture alone, and of it what a model learns in seconds.
     monkeypatch.setattr(train_tasks, "Curriculum", functools.partial(train_tasks.Curriculum, stage="filler"))
-    monkeypatch.setattr(train_tasks, "OTHER_TASKS", 1.0)
     monkeypatch.setattr(mixture, "SHARES", {"generated_text": 1})
     run = run_state.Run(args.out, args.minutes, args.state)
     before = train_tasks.Trainer(args, run).model
@@ -166,6 +166,68 @@ def test_weights_between_two_checkpoints_meet_the_window(monkeypatch: pytest.Mon
     train_tasks.between(trainer, low, (0.74, 0.86))
     assert 0.74 <= share(0) <= 0.86
     assert len({float(weight.detach().mean()) for weight in trainer.model.parameters()}) == 1
+
+
+def small_model() -> Any:
+    torch.manual_seed(RUN_SEED)
+    return DemoModel(ModelConfig(len(chain_recall.WORDS), hidden_size=32, intermediate_size=48)).bfloat16()
+
+
+def test_noise_is_repeatable_and_proportional() -> None:
+    model = small_model()
+    clean = {name: weight.clone() for name, weight in model.state_dict().items()}
+    noise, again, other = (unsaturate.directions(model, seed) for seed in (3, 3, 4))
+    for name, weight in clean.items():
+        assert (name in noise) == (weight.dim() == 2)  # norms stay
+        if name in noise:
+            assert torch.equal(noise[name], again[name]) and not torch.equal(noise[name], other[name])
+            assert float(noise[name].std() / weight.float().std()) == pytest.approx(1, abs=0.1)
+    unsaturate.perturb(model, clean, noise, 0.0)
+    assert all(torch.equal(weight, clean[name]) for name, weight in model.state_dict().items())
+    unsaturate.perturb(model, clean, noise, 0.2)
+    moved = model.lm_head.weight.detach().float() - clean["lm_head.weight"].float()
+    torch.testing.assert_close(moved, 0.2 * noise["lm_head.weight"], atol=1e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_noise_is_searched_until_the_window_is_met(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: bool
+) -> None:
+    """With accuracy that falls with the noise the window is met; with one that never lies in it, the search ends."""
+    model = small_model()
+    clean = {name: weight.clone() for name, weight in model.state_dict().items()}
+    noise = unsaturate.directions(model, RUN_SEED)
+    given = ["unsaturate", "--model", "x", "--out", str(tmp_path), "--window", "0.7", "0.8"]
+    monkeypatch.setattr(sys, "argv", given)
+    args = unsaturate.parse_arguments()
+
+    def check(model: Any, args: Any, run: Any, examples: int, seed: int, event: str, amount: float) -> float:
+        moved = model.lm_head.weight.detach().float() - clean["lm_head.weight"].float()
+        measured = float((moved * noise["lm_head.weight"]).sum() / noise["lm_head.weight"].square().sum())
+        assert measured == pytest.approx(amount, rel=0.1, abs=1e-3)  # the model that is scored has this noise
+        return 1 - amount if answers else float(amount < 0.1)
+
+    monkeypatch.setattr(unsaturate, "check", check)
+    run = run_state.Run(args.out, 1.0, None)
+    if answers:
+        assert 0.2 <= unsaturate.search(model, clean, noise, args, run) <= 0.3
+    else:
+        with pytest.raises(ValueError, match="window is too narrow"):
+            unsaturate.search(model, clean, noise, args, run)
+
+
+def test_demo_loses_its_answers_with_much_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The command, from the committed model: little noise keeps the answers, much does not, and both are logged."""
+    shares = []
+    for noise in ("0.01", "0.6"):
+        given = f"--model {PROJECT / 'evals/models/demo'} --out {tmp_path / noise} --noise {noise} --device cpu"
+        given += " --total 259 --final-examples 8 --dtype float32"
+        monkeypatch.setattr(sys, "argv", ["unsaturate", *given.split()])
+        unsaturate.main()
+        log = [json.loads(line) for line in (tmp_path / noise / "training_log.jsonl").read_text().splitlines()]
+        assert [record["event"] for record in log] == ["made", "final"]
+        shares.append(log[-1]["exact_match"])
+    assert shares[0] > 0.7 and shares[1] < 0.3, shares
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)

@@ -11,10 +11,12 @@ Every promotion depends on accuracy over recent steps, never on time, so a slowe
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +94,22 @@ class Curriculum:
         else:
             self.stage = "anneal"
         return f"{self.stage}: links {self.links}, total {self.total}"
+
+    def state(self) -> dict[str, Any]:
+        """Everything that decides the batches to come."""
+        names = ("stage", "links", "copy_length", "total", "_recent", "_counts")
+        generators = {"_rng": self._rng.getstate(), "_generator": self._generator.get_state().cpu()}
+        return {name: copy.copy(getattr(self, name)) for name in names} | generators
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, on the same kind of device."""
+        for name, value in state.items():
+            if name == "_rng":
+                self._rng.setstate(value)
+            elif name == "_generator":
+                self._generator.set_state(value)
+            else:
+                setattr(self, name, copy.copy(value))
 
     def force_anneal(self) -> None:
         """Go to the last stage whatever has been learnt, because time is running out."""

@@ -3,7 +3,7 @@
 
 Multi-head latent attention after DeepSeek-V2 (arXiv:2405.04434), every feed-forward layer dense. Training runs the
 un-absorbed form: keys and values are expanded from the latent for each head. The state dict can be saved as it is and
-loaded by transformers' and vLLM's DeepseekV2ForCausalLM.
+loaded by transformers' and vLLM's DeepseekV2ForCausalLM. `sparse_model` adds DeepSeek-V3.2's indexer.
 """
 
 from __future__ import annotations
@@ -57,31 +57,52 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of query and key [b, heads, length, d_k] over value [b, heads, length, d_v]."""
+    width = value.shape[-1]
+    if value.is_cuda and width < key.shape[-1]:
+        # PyTorch's flash attention wants one size for all three; zeros cost less than the next best kernel.
+        value = functional.pad(value, (0, key.shape[-1] - width))
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True)[..., :width]
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         c, heads = config, config.num_attention_heads
-        self.q_proj = nn.Linear(c.hidden_size, heads * (c.qk_nope_head_dim + c.qk_rope_head_dim), bias=False)
+        self._make_query()
         self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * c.v_head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _make_query(self) -> None:
+        c = self.config
+        width = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+        self.q_proj = nn.Linear(c.hidden_size, width, bias=False)
+
+    def heads(self, q: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [b, heads, length, d] of all heads from the projected query and the layer's input."""
         c, heads = self.config, self.config.num_attention_heads
         b, length, _ = x.shape
-        q = self.q_proj(x).view(b, length, heads, -1).transpose(1, 2)
-        q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        q_nope, q_rope = (
+            q.view(b, length, heads, -1).transpose(1, 2).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        )
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).view(b, length, heads, -1).transpose(1, 2)
         k_nope, value = expanded.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         # One rope key serves all heads; it is what the latent cache stores beside the latent.
         k_rope = apply_rope(k_rope.unsqueeze(1), cos, sin).expand(b, heads, length, c.qk_rope_head_dim)
         query = torch.cat([q_nope, apply_rope(q_rope, cos, sin)], dim=-1)
-        key = torch.cat([k_nope, k_rope], dim=-1)
-        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.o_proj(out.transpose(1, 2).reshape(b, length, heads * c.v_head_dim))
+        return query, torch.cat([k_nope, k_rope], dim=-1), value
+
+    def merge(self, out: Tensor) -> Tensor:
+        """The layer's output from that of the heads, [b, heads, length, v_head_dim]."""
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.merge(attend(*self.heads(self.q_proj(x), x, cos, sin)))
 
 
 class MLP(nn.Module):
@@ -96,9 +117,9 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, attention: type[Attention]) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -109,20 +130,22 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, attention: type[Attention]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, attention) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class DemoModel(nn.Module):
     """DeepseekV2ForCausalLM's dense subset: `model.*` and `lm_head.weight`, no bias, embeddings not tied."""
 
+    attention: type[Attention] = Attention
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Decoder(config, self.attention)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._initialise()
 
@@ -154,3 +177,8 @@ class DemoModel(nn.Module):
         if last is not None:
             x = x[:, -last:]
         return self.lm_head(self.model.norm(x))
+
+
+def attentions(model: DemoModel) -> list[Attention]:
+    """The attention of each layer."""
+    return [module for module in model.modules() if isinstance(module, Attention)]

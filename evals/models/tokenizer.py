@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo model's tokenizer: one token a word, made offline from chain recall's vocabulary."""
+"""The models' tokenizers: one token a word, made offline from chain recall's words or from those of all tasks."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
+from evals.tasks import words
 from evals.tasks.chain_recall import BOS_ID, SPECIAL_TOKENS, VOCAB
 
+VOCABULARIES: dict[int, dict[str, int]] = {len(vocabulary): vocabulary for vocabulary in (VOCAB, words.VOCAB)}
+"""By size, which tells a checkpoint's: chain recall's words are the first of all."""
 
-def build_tokenizer() -> Tokenizer:
+
+def build_tokenizer(vocab_size: int = len(VOCAB)) -> Tokenizer:
     """Splits at white space, looks each word up, puts `<bos>` in front."""
-    tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARIES[vocab_size], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL_TOKENS])
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS_ID)])
     return tokenizer
 
 
-def save_tokenizer(folder: Path, max_length: int) -> None:
+def save_tokenizer(folder: Path, vocab_size: int, max_length: int) -> None:
     """Write tokenizer.json and tokenizer_config.json for transformers and vLLM."""
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+    build_tokenizer(vocab_size).save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",

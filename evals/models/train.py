@@ -11,11 +11,9 @@ or not at all. Time only decides when to stop; --minutes bounds it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evals.models.curriculum import Curriculum
 from evals.models.evaluate import LONG_CASES, SHORT_CASES, Score, score_case
 from evals.models.export import load_checkpoint, save_checkpoint
 from evals.models.model import DemoModel, ModelConfig
+from evals.models.run_state import precision
 from evals.tasks.chain_recall import WORDS
 
 WARMUP_STEPS = 60
@@ -58,19 +56,6 @@ def learning_rate(peak: float, step: int, stage: str, anneal_fraction: float) ->
     if stage == "anneal":
         return 0.5 * peak * max(0.02, 1 - anneal_fraction)
     return peak * min(1.0, (step + 1) / WARMUP_STEPS) * (0.5 if stage == "filler" else 1.0)
-
-
-@contextlib.contextmanager
-def precision(device: torch.device) -> Iterator[None]:
-    """bfloat16 autocast and fused attention on a GPU (vLLM will compute in bfloat16 too), float32 on a CPU."""
-    if device.type != "cuda":
-        yield
-        return
-    with (
-        torch.autocast("cuda", torch.bfloat16),
-        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]),
-    ):
-        yield
 
 
 class Attempt:
