@@ -232,7 +232,9 @@ def test_decode_equals_float64(
     # With this few keys a softmax weight is near 1, and its rounding to bf16 costs up to 2^-9 of a value.
     torch.testing.assert_close(out.double(), want, rtol=2.01 / 128, atol=2**-9)
     got, right = out.double().flatten(), want.flatten()
-    assert 1 - 2 * (got @ right) / (got @ got + right @ right) < 5e-6
+    # Triton's interpreter truncates to bf16, weights as well as results, each by up to 2^-7 of itself.
+    limit = 5e-6 if path == "reference" else 2e-5
+    assert 1 - 2 * (got @ right) / (got @ got + right @ right) < limit
 
 
 def test_schedule_buffers_stay_in_place(vllm_config: Any, as_on_a_gpu: Any) -> None:
