@@ -2,7 +2,8 @@
 """Real vLLM on a CPU serves a DeepSeek-V3.2 model, indexer included, and answers as a plain PyTorch model does.
 
 The checkpoint is random (evals/models/sparse_probe.py), so the choice of keys decides the answers: the same model with
-dense attention, the control here, gives others. Each engine runs in a process of its own, one at a time.
+dense attention, the control here, gives others. Another, small but trained one has right and wrong answers. Each engine
+runs in a process of its own, one at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,10 +24,12 @@ import pytest
 pytest.importorskip("vllm")
 import torch  # noqa: E402
 from conftest import RUN_SEED  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from sparse_oracle import Oracle  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from evals.models.sparse_probe import ProbeConfig, save_probe  # noqa: E402
+from evals.tasks import chain_recall  # noqa: E402
 
 if not current_platform.is_cpu():
     pytest.skip("needs vLLM's CPU build", allow_module_level=True)
@@ -70,12 +74,12 @@ class Probe:
     weights: dict[str, torch.Tensor]
     prompts: list[list[int]]
 
-    def run(self, env: dict[str, str], **options: Any) -> Answers:
+    def run(self, env: dict[str, str], new_tokens: int = NEW_TOKENS, **options: Any) -> Answers:
         script = self.folder / "generate.py"  # a file, not standard input: spawned workers import the main module again
         script.write_text(GENERATE)
         engine = {"model": str(self.folder), "skip_tokenizer_init": True, "attention_backend": "FUSEDMLA"}
         engine |= {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 26}
-        request = json.dumps({"engine": engine | options, "prompts": self.prompts, "max_tokens": NEW_TOKENS})
+        request = json.dumps({"engine": engine | options, "prompts": self.prompts, "max_tokens": new_tokens})
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **env}
         command = [sys.executable, str(script)]
@@ -145,3 +149,24 @@ def test_fp8_means_fp8_ds_mla(probe: Probe) -> None:
     assert sum(flat(best)) / len(flat(best)) >= 0.7
     assert statistics.median(flat(apart[SHORT])) < 0.2 and statistics.median(flat(apart[LONG])) < 0.3, apart
     assert statistics.median(flat(dense_apart[LONG])) > 2 * statistics.median(flat(apart[LONG])), dense_apart
+
+
+def test_a_trained_indexer_finds_what_the_answers_need(tmp_path: Path) -> None:
+    """Walks through graphs of about 1000 tokens, of which 512 are attended to: right, unless the indexer picks blindly."""
+    model, rng = Path(__file__).parent.parent / "evals" / "models" / "demo-dsa", random.Random(RUN_SEED)
+    hops, examples = 16, [chain_recall.make_example(rng, 64, 16, rng.randrange(600, 900)) for _ in range(3)]
+    blind = tmp_path / "blind"
+    shutil.copytree(model, blind)
+    weights = load_file(model / "model.safetensors")
+    indexer = {
+        name: torch.randn_like(w.float()).to(w.dtype) * 0.1 for name, w in weights.items() if ".indexer.w" in name
+    }
+    assert indexer
+    save_file(weights | indexer, blind / "model.safetensors", {"format": "pt"})
+    right = {}
+    for folder in (model, blind):
+        probe = Probe(tmp_path, {}, [example.prompt_ids for example in examples])
+        answers = probe.run(IN_PROCESS, new_tokens=hops, model=str(folder), max_model_len=1280)
+        told = [chain_recall.decode(tokens) for tokens in answers.tokens]
+        right[folder] = sum(map(chain_recall.correct_hops, examples, told)) / (hops * len(examples))
+    assert right[model] > 0.9 and right[blind] < 0.5, right
