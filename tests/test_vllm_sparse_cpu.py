@@ -152,7 +152,7 @@ def test_fp8_means_fp8_ds_mla(probe: Probe) -> None:
 
 
 def test_a_trained_indexer_finds_what_the_answers_need(tmp_path: Path) -> None:
-    """Walks through graphs of about 1000 tokens, of which 512 are attended to: right, unless the indexer picks blindly."""
+    """Walks through graphs of about 1000 tokens, 512 of them attended to: right, unless the indexer is blind."""
     model, rng = Path(__file__).parent.parent / "evals" / "models" / "demo-dsa", random.Random(RUN_SEED)
     hops, examples = 16, [chain_recall.make_example(rng, 64, 16, rng.randrange(600, 900)) for _ in range(3)]
     blind = tmp_path / "blind"
