@@ -27,6 +27,11 @@ request, folder = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Pat
 run, settings = request["run"], request["settings"]
 backend = run["backend"]
 bad = run["fault"] == "nonsense" or backend == "WRONG"
+def save(path, value):  # as the worker does: runs look at each other's files
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    partial.replace(path)
+
 decoded = {"dense reference": 100} if backend == "FUSEDMLA" and run["kv_cache_dtype"] != "idle" else {}
 about = {"versions": {"vllm": "0", "device": "fake"}, "start_seconds": 1, "seconds": 1, "decoded": decoded}
 print("fusedmla eval: task x", flush=True)
@@ -44,7 +49,7 @@ if run["teacher"]:
     np.savez(folder / "teacher.npz", text=np.repeat([0, 1], 20), position=np.tile(np.arange(20), 2),
              token=np.zeros(40, int), logprob=logprobs[:, 0], top_tokens=order,
              top_logprobs=np.take_along_axis(logprobs, order, 1), whole=True)
-    (folder / "teacher.json").write_text(json.dumps(about | {"texts": 2, "tokens": 40}))
+    save(folder / "teacher.json", about | {"texts": 2, "tokens": 40})
 else:
     for task in settings["tasks"]:
         if (folder / f"task.{task}.json").exists():
@@ -58,7 +63,7 @@ else:
                          "text": "", "where": {"length": 100 * (i % 2), "depth": i % 4 / 4}})
         scores = {"exact_match,none": sum(row["values"]["exact_match"] for row in rows) / 100}
         result = about | {"results": {task: scores}, "samples": {task: rows}}
-        (folder / f"task.{task}.json").write_text(json.dumps(result))
+        save(folder / f"task.{task}.json", result)
 """
 
 

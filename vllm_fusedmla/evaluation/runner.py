@@ -60,7 +60,7 @@ def execute(run: Run, settings: dict[str, Any], out: Path, timeout: float, show:
         shutil.rmtree(folder, ignore_errors=True)  # other settings: nothing of it can be used
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "error.json").unlink(missing_ok=True)
-    request.write_text(json.dumps({"run": dataclasses.asdict(run), "settings": settings, "fingerprint": key}, indent=1))
+    _save(request, {"run": dataclasses.asdict(run), "settings": settings, "fingerprint": key})
     begin, log = time.monotonic(), folder / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -75,12 +75,19 @@ def execute(run: Run, settings: dict[str, Any], out: Path, timeout: float, show:
         finally:
             _end_group(process)
     seconds = round(time.monotonic() - begin, 1)
-    (folder / "about.json").write_text(json.dumps({"seconds": seconds}))
+    _save(folder / "about.json", {"seconds": seconds})
     if code != 0 and not (folder / "error.json").exists():
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:] or ["no output"]
         reason = f"timed out after {timeout:.0f} s" if code is None else f"exit code {code}: {last[0][:300]}"
-        (folder / "error.json").write_text(json.dumps({"error": reason}))
+        _save(folder / "error.json", {"error": reason})
     return state(run, settings, out)
+
+
+def _save(path: Path, value: dict[str, Any]) -> None:
+    """All at once: other runs' threads look at what is saved meanwhile."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.replace(path)
 
 
 def environment(run: Run, folder: Path) -> dict[str, str]:
