@@ -15,10 +15,16 @@
 // With more than 64 rows two CTAs form a cluster: both work on the same tiles for different rows, each copies half of a
 // tile and multicasts it to both, which halves the traffic out of L2.
 //
+// Of 8-bit caches K and V are widened to fp16 in registers, so they take the side of the operands that comes from there:
+// S^T = K Q^T (twowg_turned.cuh), O^T += V^T P^T (Multiplier::multiply_widened). All of PV is held back.
+//
 // With e4m3 operands, for fp8 caches, the same roles work on spans of 128 tokens: twowg_e4m3.cuh has what differs for the
 // scorer, Multiplier::multiply_e4m3 for the multipliers. Nothing is held back: registers are full of other things.
 //
-// Compiled once for each: FUSEDMLA_TYPE (bf16, fp16, e4m3), FUSEDMLA_CLUSTER (1, 2), FUSEDMLA_ENTRY.
+// Who copies: Copier (boxes of a page), RowCopier (fp8_ds_mla), Gatherer (listed keys, for sparse attention).
+//
+// Compiled once for each: FUSEDMLA_TYPE (bf16, fp16, widened, scaled, e4m3), FUSEDMLA_CLUSTER (1, 2), FUSEDMLA_GATHER (0, 1),
+// FUSEDMLA_ENTRY.
 
 #include "twowg_copy.cuh"
 #include "twowg_gather.cuh"

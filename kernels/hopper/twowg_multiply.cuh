@@ -252,7 +252,7 @@ class Multiplier {
     // multiplied. Bytes are transposed as pairs of columns: see widen_columns.
     __device__ void multiply_widened() {
         using Mma = Wgmma<fp16, kRows>;
-        constexpr int kInFlight = FUSEDMLA_V_IN_FLIGHT, kBatches = 8;  // of the quarter, of its blocks of 64 columns, of the tile's halves
+        constexpr int kBatches = 8;  // of the quarter, of its blocks of 64 columns, of the tile's halves
         const uint32_t weights = units_of(smem_address(Shared::weight_rows(message_.at())));
         const Ring<kQuarterSlots> right = quarters_.after(kScaled ? 0 : 1);
         mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());  // long complete

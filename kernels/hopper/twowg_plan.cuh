@@ -7,19 +7,13 @@
 #include "splitkv.cuh"
 
 // ---- tuning: see docs/performance.md ----
-// 16-bit operands: of the four steps of a tile's PV, those that the first and the second multiplier do at once. The others wait for the
-// next tile's scores, so that the tensor cores have work during its softmax.
+// Of a tile's PV, the steps (16-bit caches: four) or parts (widened ones: eight) that the first and the second multiplier do
+// at once. The others wait for the next tile's scores, so that the tensor cores have work during its softmax.
 #ifndef FUSEDMLA_EARLY_A
 #define FUSEDMLA_EARLY_A (kWidens ? 0 : kCluster == 1 ? 4 : 2)
 #endif
 #ifndef FUSEDMLA_EARLY_B
 #define FUSEDMLA_EARLY_B (kWidens ? 0 : kCluster == 1 ? 4 : 0)
-#endif
-#ifndef FUSEDMLA_IN_FLIGHT  // widened: parts of a tile's scores that tensor cores work on at once
-#define FUSEDMLA_IN_FLIGHT 1
-#endif
-#ifndef FUSEDMLA_V_IN_FLIGHT
-#define FUSEDMLA_V_IN_FLIGHT 1
 #endif
 #ifndef FUSEDMLA_LAZY  // the reference maximum moves only if a score exceeds it by more (base 2); 0: whenever it can
 #define FUSEDMLA_LAZY (kE4m3 ? 1 : 8)
@@ -84,6 +78,7 @@ constexpr int kQueryQuarters = FUSEDMLA_QUERY_QUARTERS;
 constexpr int kAtomBytes = 8 * 128;          // 8 tokens (or rows) x 128 bytes in the 128-byte swizzle
 constexpr int kBlockBytes = 8 * kAtomBytes;  // 64 rows x 128 bytes
 constexpr int kGroupBytes = kCacheBytes * kAtomBytes;  // 8 tokens x 128 columns
+constexpr int kInFlight = 1;  // parts of a widened tile that the tensor cores work on while the next is widened
 constexpr int kRowBytes =  // of a cache; of fp8_ds_mla: codes, scales, rope part
     kScaled ? kLatent + 4 * 4 + kRope * 2 : (kLatent + kRope) * kCacheBytes;
 constexpr int kScalesAt = kLatent, kRopeOfRowAt = kLatent + 4 * 4;

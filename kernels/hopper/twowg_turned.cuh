@@ -67,7 +67,7 @@ class TurnedScorer {
     // Scores of the next tile in base 2, as differences from the references. 32 columns at a time; one part is widened while the last is multiplied.
     __device__ void score(float (&s)[32]) {
         using Mma = Wgmma<fp16, kRows>;
-        constexpr int kLatentParts = 16, kParts = 18, kInFlight = FUSEDMLA_IN_FLIGHT;
+        constexpr int kLatentParts = 16, kAllParts = 18;
         const unsigned thread = thread_anew(), lane = thread % kWarp, token = thread / kWarp % 4 * 16 + lane % 16;
         const uint32_t unit = (lane / 16 ^ (token & 7)) << 4, query = units_of(Shared::query());
         uint32_t raw[2][4], a[kInFlight + 1][2][4];
@@ -84,8 +84,8 @@ class TurnedScorer {
         load(0);
         keep_in_order(s);
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-            if (part + 1 < kParts) load(part + 1);
+        for (int part = 0; part < kAllParts; ++part) {
+            if (part + 1 < kAllParts) load(part + 1);
             widen_steps(raw[part % 2], a[part % (kInFlight + 1)]);
             wgmma_fence();
 #pragma unroll
