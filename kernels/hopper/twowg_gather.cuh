@@ -77,6 +77,7 @@ class Gatherer {
         uint8_t* to = shared_memory + quarters_.at() * kQuarterBytes + row * kRowBytes;
 #pragma unroll 1
         for (int i = 0; i < kRowBytes; i += 16) *reinterpret_cast<uint4*>(to + i) = {0, 0, 0, 0};
+        fence_proxy_async();  // a later tile's copy must not come before them
     }
 
     // ---- 16-bit rows: by 16 bytes, into wgmma's swizzle; zeros for what is not there ----
