@@ -37,6 +37,8 @@ about = {"versions": {"vllm": "0", "device": "fake"}, "start_seconds": 1, "secon
 print("fusedmla eval: task x", flush=True)
 if backend == "SLOW":
     time.sleep(60)
+if backend == "REFUSED" or backend == f"REFUSED_{run['kv_cache_dtype']}":
+    sys.exit("ValueError: REFUSED is not valid for this configuration. Reason: ['kv_cache_dtype not supported']")
 if backend == "BROKEN":
     sys.exit("no such backend")
 if run["teacher"]:
@@ -173,7 +175,7 @@ def test_the_report_alone(out: Path) -> None:
     runs = stamps(out)
     code, summary, _ = evaluate(out, "--backends", "FUSEDMLA,FLASHMLA", "--report")
     assert code == 1 and stamps(out) == runs
-    assert summary["findings"] == ["FLASHMLA-auto: unfinished: not run"] * 2
+    assert summary["findings"] == ["FLASHMLA-auto: unfinished: not run"]
 
 
 def test_the_plan() -> None:
@@ -193,12 +195,57 @@ def test_the_plan() -> None:
         Plan(("FUSEDMLA",), ("auto",), faults=("x:fp4",))
 
 
+def test_a_variant_of_one_configuration_alone() -> None:
+    only = {"mma": ("FUSEDMLA", "fp8"), "eager": ("FUSEDMLA",)}
+    plan = Plan(("FUSEDMLA", "FLASHMLA"), ("auto", "fp8"), ("", "mma", "eager"), kinds=(False,), only=only)
+    mine = {run.configuration for run in plan.runs if run.variant}
+    assert mine == {"FUSEDMLA-fp8-mma", "FUSEDMLA-auto-eager", "FUSEDMLA-fp8-eager"}
+    pairs = {(kind, other.configuration, base.configuration) for kind, base, other in plan.pairs() if other.variant}
+    assert pairs == {
+        ("backend", "FUSEDMLA-fp8-mma", "FLASHMLA-fp8"),
+        ("backend", "FUSEDMLA-auto-eager", "FLASHMLA-auto"),
+        ("backend", "FUSEDMLA-fp8-eager", "FLASHMLA-fp8"),
+        ("cache", "FUSEDMLA-fp8-mma", "FUSEDMLA-auto"),
+        ("cache", "FUSEDMLA-fp8-eager", "FUSEDMLA-auto-eager"),
+        ("variant", "FUSEDMLA-fp8-mma", "FUSEDMLA-fp8"),
+        ("variant", "FUSEDMLA-auto-eager", "FUSEDMLA-auto"),
+        ("variant", "FUSEDMLA-fp8-eager", "FUSEDMLA-fp8"),
+    }
+
+
 def test_fp8_is_measured_against_other_backends_fp8(out: Path) -> None:
     backends = ("--backends", "FUSEDMLA,FLASHMLA", "--kv-cache-dtypes", "auto,fp8")
     _, summary, _ = evaluate(out, *backends, "--parallel", "3")
     cache = {row["other_run"]: row for row in summary["forced"] if row["kind"] == "cache"}
     assert cache["FUSEDMLA-fp8"]["kl_limit"] == 2 * cache["FLASHMLA-fp8"]["kl"]
     assert cache["FLASHMLA-fp8"]["kl_limit"] is None
+
+
+def test_a_cache_that_no_two_others_have_is_measured_against_their_first(out: Path) -> None:
+    backends = ("--backends", "FUSEDMLA,FLASHMLA,REFUSED_fp8", "--kv-cache-dtypes", "auto,fp8")
+    _, summary, _ = evaluate(out, *backends, "--kl-limit", "1e-12")
+    rows = {(row["kind"], row["other_run"], row["base_run"]): row for row in summary["forced"]}
+    reference = rows["reference", "REFUSED_fp8-auto", "FLASHMLA-auto"]
+    for dtype, source in (("auto", "other backends"), ("fp8", "other backends, auto cache")):
+        row = rows["backend", f"FUSEDMLA-{dtype}", f"FLASHMLA-{dtype}"]
+        assert row["kl_limit"] == 2 * reference["kl"] and row["limit_source"] == f"twice that of {source}"
+    _, summary, _ = evaluate(out, *backends, "--kl-limit", "0.5")
+    limits = {row["other_run"]: row["kl_limit"] for row in summary["forced"] if row["kind"] == "backend"}
+    assert limits == {"FUSEDMLA-auto": 2 * reference["kl"], "FUSEDMLA-fp8": 0.5}
+
+
+def test_a_fault_that_was_not_run_is_not_caught(out: Path) -> None:
+    _, summary, text = evaluate(out, "--backends", "FUSEDMLA", "--fault", "nonsense", "--report")
+    assert not summary["faults"][0]["caught"] and "| FUSEDMLA-auto+nonsense | **no** |" in text
+    assert "FUSEDMLA-auto+nonsense: unfinished: not run" in summary["findings"]
+
+
+def test_what_another_backend_does_not_support_is_no_failure(out: Path) -> None:
+    code, summary, text = evaluate(out, "--backends", "FUSEDMLA,REFUSED")
+    assert code == 0 and summary["findings"] == []
+    assert "| REFUSED-auto | not supported: ['kv_cache_dtype not supported'] |" in text
+    code, summary, _ = evaluate(out, "--backends", "REFUSED,FUSEDMLA")
+    assert code == 1 and "REFUSED-auto: error: exit code 1" in summary["findings"][0]
 
 
 def test_settings_and_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +272,23 @@ def test_settings_and_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_environment_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-    tasks = runner.environment(Run("FUSEDMLA", "auto", fault="x"), tmp_path)
+    settings = {"variants": {"mma": {"environment": {"VLLM_FUSEDMLA_FP8_MMA": "1"}}}}
+    tasks = runner.environment(Run("FUSEDMLA", "auto", fault="x"), tmp_path, settings)
     assert tasks["FUSEDMLA_COUNT_DIR"] == str(tmp_path / "counts") and tasks["FUSEDMLA_EVAL_FAULT"] == "x"
     assert tasks["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1" and "VLLM_USE_V2_MODEL_RUNNER" not in tasks
-    assert runner.environment(Run("FUSEDMLA", "auto", teacher=True), tmp_path)["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    teacher = runner.environment(Run("FUSEDMLA", "auto", "mma", teacher=True), tmp_path, settings, "1,3")
+    assert teacher["VLLM_USE_V2_MODEL_RUNNER"] == "0" and teacher["VLLM_FUSEDMLA_FP8_MMA"] == "1"
+    assert teacher["CUDA_VISIBLE_DEVICES"] == "1,3" and "VLLM_FUSEDMLA_FP8_MMA" not in tasks
+
+
+def test_engines_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"model_args": {}, "variants": {}}
+
+    def slots(parallel: int, **model_args: int) -> list[str]:
+        found = runner.device_slots(parallel, settings | {"model_args": model_args})
+        return [found.get() for _ in range(found.qsize())]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
+    assert slots(1) == [""] and slots(4) == ["2", "3", "5", "2"]
+    assert slots(2, tensor_parallel_size=2) == ["2,3"] * 2
+    assert slots(2, tensor_parallel_size=4) == [""] * 2  # vLLM says what is missing

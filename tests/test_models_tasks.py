@@ -22,7 +22,7 @@ pytest.importorskip("safetensors")
 
 from conftest import RUN_SEED  # noqa: E402
 
-from evals.models import mixture, run_state, train_tasks, unsaturate  # noqa: E402
+from evals.models import mixture, run_state, train_tasks, unsaturate, widen  # noqa: E402
 from evals.models.export import load_checkpoint  # noqa: E402
 from evals.models.mixture import GENERATORS, LONGEST_TEXT, Mixture, any_sizes, batches, draw_batch  # noqa: E402
 from evals.models.model import DemoModel, ModelConfig  # noqa: E402
@@ -228,6 +228,24 @@ def test_demo_loses_its_answers_with_much_noise(monkeypatch: pytest.MonkeyPatch,
         assert [record["event"] for record in log] == ["made", "final"]
         shares.append(log[-1]["exact_match"])
     assert shares[0] > 0.7 and shares[1] < 0.3, shares
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-dsa"])
+def test_a_wide_model_computes_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """The command, then a text: four copies of each head, the same logits up to the order of a sum."""
+    folder = PROJECT / "evals/models" / name
+    monkeypatch.setattr(sys, "argv", ["widen", "--model", str(folder), "--out", str(tmp_path), "--copies", "4"])
+    widen.main()
+    model, wide = load_checkpoint(folder), load_checkpoint(tmp_path)
+    assert type(wide) is type(model) and wide.config.num_attention_heads == 4 * model.config.num_attention_heads
+    ids, answer_tokens = encode_rows("chain_recall", 600, 1, RUN_SEED)
+    with torch.no_grad():
+        expected, got = model(ids, last=answer_tokens), wide(ids, last=answer_tokens)
+    assert float((got - expected).abs().max()) < 1e-3 < float(expected.abs().max())
+    with pytest.raises(ValueError, match="copies must be a power of two, got 3"):
+        widen.widen(model, 3)
+    with pytest.raises(ValueError, match="not a multiple of 256 heads"):
+        widen.widen(model, 64)
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)

@@ -8,10 +8,11 @@ import concurrent.futures
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from .configurations import Plan, Run
+from .configurations import ENVIRONMENT, Plan, Run
 from .documents import GENERATORS, PREFIX
 
 DESCRIPTION = """\
@@ -19,10 +20,12 @@ Compare what a model answers with several attention backends and KV cache dtypes
 
 Every configuration is an engine in a process of its own that runs lm-eval's tasks; the first one runs twice, which
 gives the noise floor. Then each decodes the same texts token by token. OUT/report.md and OUT/report.json are written
-anew after every run, pictures at the end; what is on disk is not run again. Exit code 1 if a run failed, FUSEDMLA
+anew now and then, pictures at the end; what is on disk is not run again. Exit code 1 if a run failed, FUSEDMLA
 decoded nothing, or its answers differ from another backend's.
 """
 OFFLINE_TASKS = [PREFIX + name for name in GENERATORS]
+_REPORT_SHARE = 20
+"""A report of what has been run so far takes at most the inverse of this of the time."""
 
 
 def _names(text: str) -> list[str]:
@@ -39,11 +42,13 @@ def _json(text: str) -> dict[str, Any]:
     return value
 
 
-def _variant(text: str) -> tuple[str, dict[str, Any]]:
-    name, equals, options = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"must look like NAME={{...}}, got {text!r}")
-    return name, _json(options)
+def _variant(text: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+    """Name, the backend and cache dtype it is for, and its engine options."""
+    where, equals, options = text.partition("=")
+    name, *only = where.split(":")
+    if not name or not equals or len(only) > 2:
+        raise argparse.ArgumentTypeError(f"must look like NAME[:BACKEND[:DTYPE]]={{...}}, got {text!r}")
+    return name, tuple(only), _json(options)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,9 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engines")
     engine.add_argument("--model-args", type=_json, default={}, help='JSON, vLLM\'s: {"tensor_parallel_size": 8}')
     engine.add_argument(
-        "--variant", type=_variant, action="append", default=[], metavar="NAME=JSON", help="further engine options"
+        "--variant",
+        type=_variant,
+        action="append",
+        default=[],
+        metavar="NAME[:BACKEND[:DTYPE]]=JSON",
+        help=f'further engine options, and as "{ENVIRONMENT}" variables of the process; for all, or for those named',
     )
-    engine.add_argument("--parallel", type=int, default=1, help="engines at a time, where the GPU has room (default 1)")
+    engine.add_argument(
+        "--parallel", type=int, default=1, help="engines at a time, spread over the GPUs, if there is room (default 1)"
+    )
     engine.add_argument("--timeout", type=float, default=86400.0, help="seconds for one engine's work")
     teacher = parser.add_argument_group("teacher-forced decoding")
     teacher.add_argument("--teacher-forced", metavar="TEXT|TASK", help="file or task (default: the first; none: off)")
@@ -104,7 +116,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     settings["name"] = model.resolve().name if model.is_dir() else args.model
     settings["model"] = str(model.resolve()) if model.is_dir() else args.model
     settings["include_path"] = [str(Path(path).resolve()) for path in args.include_path]
-    settings["variants"] = dict(args.variant)
+    settings["variants"] = {name: options for name, _, options in args.variant}
     source = args.teacher_forced or (args.tasks[0] if args.tasks else "none")
     settings["teacher"] = {
         "source": str(Path(source).resolve()) if Path(source).is_file() else source,
@@ -126,7 +138,8 @@ def plan_of(args: argparse.Namespace, settings: dict[str, Any]) -> Plan:
     if not kinds or not args.backends or not args.kv_cache_dtypes:
         raise ValueError("nothing to run: name backends, cache dtypes, and tasks or a text")
     variants = ("", *settings["variants"])
-    return Plan(tuple(args.backends), tuple(args.kv_cache_dtypes), variants, tuple(args.fault), kinds)
+    only = {name: where for name, where, _ in args.variant}
+    return Plan(tuple(args.backends), tuple(args.kv_cache_dtypes), variants, tuple(args.fault), kinds, only)
 
 
 def write_report(plan: Plan, settings: dict[str, Any], out: Path, draw: bool = True) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def say(line: str) -> None:
 
 
 def run_all(plan: Plan, settings: dict[str, Any], args: argparse.Namespace) -> None:
-    """Run what is not on disk, and write the report after each run."""
+    """Run what is not on disk, and write the report now and then."""
     from . import runner
 
     runs, todo = plan.runs, []
@@ -176,16 +189,27 @@ def run_all(plan: Plan, settings: dict[str, Any], args: argparse.Namespace) -> N
         else:
             todo.append(run)
 
-    def execute(run: Run) -> dict[str, Any]:
-        say(f"{numbers[run]} {run.name} ...")
-        return runner.execute(run, settings, args.out, args.timeout, show=args.parallel == 1)
+    slots = runner.device_slots(args.parallel, settings)
 
+    def execute(run: Run) -> dict[str, Any]:
+        devices = slots.get()
+        say(f"{numbers[run]} {run.name} ...")
+        try:
+            return runner.execute(run, settings, args.out, args.timeout, show=args.parallel == 1, devices=devices)
+        finally:
+            slots.put(devices)
+
+    cost, written = 0.0, time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(max(args.parallel, 1)) as pool:
         futures = {pool.submit(execute, run): run for run in todo}
         for future in concurrent.futures.as_completed(futures):
             run = futures[future]
             say(f"{numbers[run]} {one_line(run, future.result())}")
-            write_report(plan, settings, args.out, draw=False)
+            begin = time.monotonic()
+            if begin - written > _REPORT_SHARE * cost:
+                write_report(plan, settings, args.out, draw=False)
+                written = time.monotonic()
+                cost = written - begin
 
 
 def main(args: argparse.Namespace) -> int:

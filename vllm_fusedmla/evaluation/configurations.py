@@ -7,9 +7,12 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 OURS = "FUSEDMLA"
+ENVIRONMENT = "environment"
+"""Key of a variant's options that holds variables of its process, not an engine option."""
 PAIR_KINDS = {
     "rerun": "The first configuration run twice: the noise floor",
     "backend": "The first backend against the others",
@@ -53,6 +56,7 @@ class Plan:
 
     Attributes:
         variants: engine options by name; "" are those of `settings` alone.
+        only: of variants that are not for all, backend and cache dtype, "" for any: ``{"eager": ("FUSEDMLA", "")}``.
         faults: ``NAME[:KV_CACHE_DTYPE[:VARIANT]]``, for the first backend.
         kinds: of work: tasks, teacher forcing, or both.
     """
@@ -62,6 +66,7 @@ class Plan:
     variants: tuple[str, ...] = ("",)
     faults: tuple[str, ...] = ()
     kinds: tuple[bool, ...] = (False, True)
+    only: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = {run.key for run in self._clean()}
@@ -75,6 +80,7 @@ class Plan:
             for dtype in self.kv_cache_dtypes
             for variant in self.variants
             for backend in self.backends
+            if all(want in ("", has) for want, has in zip(self.only.get(variant, ()), (backend, dtype), strict=False))
         ]
 
     def _faulty(self) -> list[Run]:
@@ -114,19 +120,23 @@ class Plan:
             return "rerun" if base.key == other.key else None
         if other.fault:
             return "fault" if base.key == other.key else None
-        first = self.backends[0]
-        same = [a == b for a, b in zip(base.key, other.key, strict=True)]
-        if same == [False, True, True]:
+        first, plain = self.backends[0], self.kv_cache_dtypes[0]
+        same_backend, same_cache, same_variant = (a == b for a, b in zip(base.key, other.key, strict=True))
+        if same_cache and not same_backend:
             if other.backend == first:
-                return "backend"
-            names = self.backends
-            in_order = names.index(base.backend) < names.index(other.backend)
-            return "reference" if first not in (base.backend, other.backend) and in_order else None
-        if same == [True, False, True]:
-            return "cache" if base.kv_cache_dtype == self.kv_cache_dtypes[0] else None
-        if same == [True, True, False]:
+                return "backend" if base.variant == self._variant_of(other, base.backend, base.kv_cache_dtype) else None
+            in_order = self.backends.index(base.backend) < self.backends.index(other.backend)
+            return "reference" if same_variant and base.backend != first and in_order else None
+        if same_backend and not same_cache and base.kv_cache_dtype == plain:
+            return "cache" if base.variant == self._variant_of(other, base.backend, plain) else None
+        if same_backend and same_cache:
             return "variant" if base.variant == self.variants[0] else None
         return None
+
+    def _variant_of(self, run: Run, backend: str, dtype: str) -> str:
+        """Which variant of another backend or cache `run` is compared with: its own, or none where that is not run."""
+        known = {clean.key for clean in self._clean()}
+        return run.variant if (backend, dtype, run.variant) in known else self.variants[0]
 
 
 def task_file(task: str) -> str:

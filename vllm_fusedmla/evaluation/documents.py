@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 import zlib
@@ -67,13 +68,29 @@ def documents(
     if depths and not takes_depth:
         raise ValueError(f"{task} has no depth")
     depths = (depths or _DEPTHS.get(task, (None,))) if takes_depth else (None,)
+    drawn = _drawn(task, n, seed, tuple(lengths), tuple(depths), takes_depth, tuple(sorted(options.items())))
+    return [dict(doc) for doc in drawn]
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn(
+    task: str,
+    n: int,
+    seed: int,
+    lengths: tuple[int | None, ...],
+    depths: tuple[float | None, ...],
+    takes_depth: bool,
+    options: tuple[tuple[str, Any], ...],
+) -> list[dict[str, Any]]:
+    """Thousands of long documents take a while, and a run asks for them twice."""
+    example = import_module(f"{__package__}.tasks.{GENERATORS[task]}").example
     rng = random.Random(zlib.crc32(f"{task} {seed}".encode()))
     made = []
     for index in range(n):
         length = lengths[index % len(lengths)]
         depth = depths[index // len(lengths) % len(depths)]
         where = {"depth": depth} if takes_depth else {}
-        prompt, answer = example(rng, total=length, **where, **options)
+        prompt, answer = example(rng, total=length, **where, **dict(options))
         made.append(
             {"prompt": prompt, "answer": answer, "length": length or 0, "depth": -1.0 if depth is None else depth}
         )

@@ -33,7 +33,7 @@ def draw(summary: dict[str, Any], out: Path) -> list[str]:
 def _save(figure: Any, path: Path) -> str:
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=80, bbox_inches="tight")
     pyplot.close(figure)
     return path.name
 
@@ -43,6 +43,9 @@ def _differences(rows: Sequence[Row], margin: float, path: Path) -> str:
     from matplotlib import pyplot
 
     rows = [row for row in rows if not row["metric"].startswith("log-likelihood")] or list(rows)
+    # One line for each task: right or wrong, where a task says so, and not how much of an answer was right.
+    clear = {row["task"] for row in rows if row["binary"]}
+    rows = [row for row in rows if row["binary"] or row["task"] not in clear]
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.28 * len(rows)))
     for place, row in enumerate(rows):
         centre, low, high = (100 * row[name] for name in ("difference", "low", "high"))

@@ -76,7 +76,8 @@ def _runs(runs: list[Row]) -> str:
     lines = []
     for run in runs:
         decoded = ", ".join(f"{kernel}: {tokens}" for kernel, tokens in sorted(run["decoded"].items()))
-        lines.append([run["configuration"], "; ".join(run["problems"]) or "ok", decoded, f"{run['seconds']:.0f}"])
+        state = "; ".join(run["problems"]) or (f"not supported: {run['refused']}" if run["refused"] else "ok")
+        lines.append([run["configuration"], state, decoded, f"{run['seconds']:.0f}"])
     return table(["configuration", "state", "tokens decoded by FUSEDMLA", "seconds"], lines)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import queue
 import re
 import shutil
 import signal
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import workarounds
-from .configurations import Run, fingerprint, task_file
+from .configurations import ENVIRONMENT, Run, fingerprint, task_file
 
 WORKER = (sys.executable, "-m", "vllm_fusedmla.evaluation.worker")
 _POLL_SECONDS = 0.5
@@ -52,8 +54,34 @@ def state(run: Run, settings: dict[str, Any], out: Path) -> dict[str, Any]:
     return found | {"status": "ok" if whole else "error" if "error" in found else "unfinished"}
 
 
-def execute(run: Run, settings: dict[str, Any], out: Path, timeout: float, show: bool = True) -> dict[str, Any]:
-    """Run what is left of `run`; its state afterwards. `show`: the last progress bar of its log, on a terminal."""
+def device_slots(parallel: int, settings: dict[str, Any]) -> queue.Queue[str]:
+    """For each engine that may run at a time, CUDA_VISIBLE_DEVICES of its process: the GPUs in turn, or several each.
+
+    Empty where an engine sees all there are.
+    """
+    slots: queue.Queue[str] = queue.Queue()
+    groups = [""]
+    if parallel > 1:
+        import torch
+
+        sizes = [f"{kind}_parallel_size" for kind in ("tensor", "pipeline", "data")]
+        options = [settings["model_args"] | variant for variant in ({}, *settings["variants"].values())]
+        size = max(math.prod(int(given.get(name, 1)) for name in sizes) for given in options)
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+        groups = [",".join(names[i : i + size]) for i in range(0, len(names) - size + 1, size)] or [""]
+    for number in range(max(parallel, 1)):
+        slots.put(groups[number % len(groups)])
+    return slots
+
+
+def execute(
+    run: Run, settings: dict[str, Any], out: Path, timeout: float, show: bool = True, devices: str = ""
+) -> dict[str, Any]:
+    """Run what is left of `run`; its state afterwards. `show`: the last progress bar of its log, on a terminal.
+
+    `devices`: CUDA_VISIBLE_DEVICES of its process, if not empty.
+    """
     folder, key = folder_of(run, out), fingerprint(run, settings)
     request = folder / "request.json"
     if not request.exists() or json.loads(request.read_text())["fingerprint"] != key:
@@ -65,7 +93,7 @@ def execute(run: Run, settings: dict[str, Any], out: Path, timeout: float, show:
     with log.open("w") as output:
         process = subprocess.Popen(
             [*WORKER, str(request), str(folder)],
-            env=environment(run, folder),
+            env=environment(run, folder, settings, devices),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -90,9 +118,11 @@ def _save(path: Path, value: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def environment(run: Run, folder: Path) -> dict[str, str]:
+def environment(run: Run, folder: Path, settings: dict[str, Any], devices: str = "") -> dict[str, str]:
     """Environment of a run's process: it counts decoded tokens in its folder, and imports what this process can."""
-    env = dict(os.environ)
+    env = dict(os.environ) | settings["variants"].get(run.variant, {}).get(ENVIRONMENT, {})
+    if devices:
+        env["CUDA_VISIBLE_DEVICES"] = devices
     # Spawned workers too: a plugin or task from the source tree is found as it is here.
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     env["FUSEDMLA_COUNT_DIR"] = str((folder / "counts").resolve())

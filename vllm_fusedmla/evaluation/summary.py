@@ -16,6 +16,8 @@ from .runner import folder_of
 State = dict[str, Any]
 ALIKE = ("rerun", "backend", "fault")
 """Kinds of pairs that should give the same answers up to rounding: any difference found is an error."""
+_REFUSAL = "is not valid for this configuration. Reason:"
+"""vLLM's words where a backend does not support what is asked of it."""
 
 
 def task_samples(state: State) -> dict[str, dict[tuple[Any, ...], dict[str, Any]]]:
@@ -114,7 +116,7 @@ def summarise(plan: Plan, states: dict[Run, State], out: Path, settings: dict[st
             forced.append({"kind": kind, **_names(base, other), "run": other, **compare_forced(one, two)})
     _judge_tasks(comparisons, settings["margin"])
     _judge_forced(plan, forced, settings)
-    runs = [_run_row(run, states, settings) for run in plan.configurations]
+    runs = [_run_row(run, states, plan.backends[0]) for run in plan.configurations]
     findings = _findings(runs, comparisons, forced)
     good = [s for s in states.values() if s.get("tasks") or s.get("teacher")]
     results = [*good[0].get("tasks", {}).values(), good[0].get("teacher")] if good else []
@@ -156,17 +158,18 @@ def _judge_forced(plan: Plan, rows: list[dict[str, Any]], settings: dict[str, An
         run: Run = row["run"]
         limit, agreement, source = None, None, ""
         if row["kind"] in ALIKE:
-            alike = [r for r in rows if r["kind"] == "reference" and r["run"].key[1:] == run.key[1:]]
-            limit, source = settings["kl_limit"], "--kl-limit"
+            limit, agreement, source = settings["kl_limit"], None, "--kl-limit"
+            alike, among = _references(rows, run, plan)
             if alike:
                 limit, agreement = 2 * max(r["kl"] for r in alike), min(r["top1_agreement"] for r in alike)
-                source = "twice that of other backends"
+                source = f"twice that of {among}"
+                if alike[0]["run"].kv_cache_dtype != run.kv_cache_dtype and limit < settings["kl_limit"]:
+                    limit, source = settings["kl_limit"], "--kl-limit"
             elif row["kind"] == "fault":
                 clean = [r["top1_agreement"] for r in rows if r["kind"] == "backend" and r["run"].key == run.key]
                 agreement = min(clean, default=None)
         elif row["kind"] == "cache" and run.backend == first:
-            alike = [r for r in rows if r["kind"] == "cache" and r["run"].backend != first]
-            alike = [r for r in alike if r["run"].key[1:] == run.key[1:]]
+            alike = _of_variant([r for r in rows if r["kind"] == "cache" and r["run"].backend != first], run)
             if alike:
                 limit, source = 2 * max(r["kl"] for r in alike), "twice that of other backends' caches"
         row["kl_limit"], row["limit_source"] = limit, source
@@ -183,19 +186,41 @@ def _judge_forced(plan: Plan, rows: list[dict[str, Any]], settings: dict[str, An
         row["run"] = row["run"].configuration
 
 
+def _references(rows: list[dict[str, Any]], run: Run, plan: Plan) -> tuple[list[dict[str, Any]], str]:
+    """Pairs of other backends that say how far kernels are apart for a cache like that of `run`, and a name for them.
+
+    Where no two others have its cache, those of the first one: the same roundings, of other values.
+    """
+    found = [row for row in rows if row["kind"] == "reference"]
+    mine = _of_variant(found, run)
+    plain = plan.kv_cache_dtypes[0]
+    if mine or run.kv_cache_dtype == plain:
+        return mine, "other backends"
+    return [row for row in found if row["run"].key[1:] == (plain, "")], f"other backends, {plain} cache"
+
+
+def _of_variant(rows: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
+    """Those with the cache and variant of `run`, or with no variant where others do not have it."""
+    mine = [row for row in rows if row["run"].key[1:] == run.key[1:]]
+    return mine or [row for row in rows if row["run"].key[1:] == (run.kv_cache_dtype, "")]
+
+
 def _fewer_agree(row: dict[str, Any], reference: float) -> bool:
     """Whether disagreements exceed the reference's by more than three standard deviations of such counts."""
     mine, theirs = ((1 - share) * row["tokens"] for share in (row["top1_agreement"], reference))
     return mine > theirs + 3 * max(mine + theirs, 1.0) ** 0.5
 
 
-def _run_row(run: Run, states: dict[Run, State], settings: dict[str, Any]) -> dict[str, Any]:
+def _run_row(run: Run, states: dict[Run, State], ours: str) -> dict[str, Any]:
     """A configuration in the table of runs: what it decoded, its scores, and why it failed if it did."""
     kinds = [dataclasses.replace(run, teacher=teacher) for teacher in (False, True)]
     known = [states[kind] for kind in kinds if kind in states]
     decoded = decode_tokens(states, run)
     tasks = states.get(kinds[0], {}).get("tasks", {})
     problems = [f"{state['status']}: {state.get('error', 'not run')}" for state in known if state["status"] != "ok"]
+    # Another backend that has no such cache is no failure, and nothing is compared with it.
+    refused = [problem for problem in problems if _REFUSAL in problem and not run.fault and run.backend != ours]
+    problems = list(dict.fromkeys(problem for problem in problems if problem not in refused))
     if run.backend == OURS and not problems and not sum(decoded.values()):
         problems.append("no token passed FUSEDMLA's decode")
     idle = [result for result in tasks.values() if run.backend == OURS and not sum(result["decoded"].values())]
@@ -207,12 +232,18 @@ def _run_row(run: Run, states: dict[Run, State], settings: dict[str, Any]) -> di
         "prefill_only": [name for result in idle for name in result["samples"]],
         "scores": {name: values for result in tasks.values() for name, values in result["results"].items()},
         "problems": problems,
+        "refused": refused[0].partition(_REFUSAL)[2].strip() if refused else "",
     }
 
 
 def _findings(runs: list[dict[str, Any]], comparisons: list[dict[str, Any]], forced: list[dict[str, Any]]) -> list[str]:
     """Reasons for which the comparison fails: not those of faults that were injected."""
-    found = [f"{run['configuration']}: {problem}" for run in runs for problem in run["problems"] if not run["fault"]]
+    found = [
+        f"{run['configuration']}: {problem}"
+        for run in runs
+        for problem in run["problems"]
+        if not run["fault"] or problem.startswith("unfinished")
+    ]
     for row in comparisons:
         if row["kind"] in ("rerun", "backend") and row["verdict"] in ("worse", "better"):
             change = f"{100 * row['difference']:+.2f} points"
@@ -232,7 +263,7 @@ def _faults(
         if not run["fault"]:
             continue
         name = run["configuration"]
-        caught = {"the run itself": bool(run["problems"])}
+        caught = {"the run itself": any(problem.startswith("error") for problem in run["problems"])}
         for row in comparisons:
             if row["kind"] == "fault" and row["other_run"] == name:
                 caught[row["measure"]] = row["verdict"] in ("worse", "better")

@@ -20,7 +20,7 @@ from typing import Any
 
 from vllm_fusedmla.counts import read_counts
 from vllm_fusedmla.evaluation import documents, workarounds
-from vllm_fusedmla.evaluation.configurations import task_file
+from vllm_fusedmla.evaluation.configurations import ENVIRONMENT, task_file
 
 TASKS_FOLDER = Path(__file__).resolve().parent / "lm_tasks"
 _KEPT_RESPONSE = 400
@@ -36,6 +36,7 @@ def engine_options(request: dict[str, Any]) -> dict[str, Any]:
         "attention_backend": run["backend"],
         "kv_cache_dtype": run["kv_cache_dtype"],
     }
+    options.pop(ENVIRONMENT, None)
     if run["fault"]:
         # vLLM imports this in the process that loads the model, before it does.
         options["worker_extension_cls"] = "vllm_fusedmla.evaluation.fault_hook.Extension"
@@ -163,6 +164,10 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 def texts_of_task(task: str, settings: dict[str, Any], count: int) -> list[str]:
     """Prompt and right answer of the first documents of a task, as one text each."""
+    # The first of more documents are the same documents: none need be drawn in vain.
+    given = settings["task_args"].get(task, {})
+    if task.removeprefix(documents.PREFIX) in documents.GENERATORS and given.get("n", count) >= count:
+        settings = settings | {"task_args": {**settings["task_args"], task: given | {"n": count}}}
     loaded = task_manager(settings).load([task])["tasks"]
     texts: list[str] = []
     for found in loaded.values():
@@ -206,16 +211,15 @@ def run_teacher(request: dict[str, Any], folder: Path) -> None:
     settings = request["settings"]
     teacher = settings["teacher"]
     begin = time.monotonic()
-    llm = LLM(
-        model=settings["model"],
-        logits_processors=["vllm_fusedmla.evaluation.teacher:Teacher"],
-        max_logprobs=-1,
+    options = engine_options(request) | {
+        "logits_processors": ["vllm_fusedmla.evaluation.teacher:Teacher"],
+        "max_logprobs": -1,
         # What a request has said so far must be known when its next token is due.
-        async_scheduling=False,
+        "async_scheduling": False,
         # A prefix that another text left in the cache would not be decoded.
-        enable_prefix_caching=False,
-        **engine_options(request),
-    )
+        "enable_prefix_caching": False,
+    }
+    llm = LLM(model=settings["model"], **options)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     top = vocabulary if teacher["top"] < 0 else min(teacher["top"], vocabulary)
     tokens, prompt = teacher_tokens(llm.get_tokenizer(), settings), teacher["prompt"]
@@ -243,7 +247,7 @@ def run_teacher(request: dict[str, Any], folder: Path) -> None:
             row = (text, prompt + place, token, step[token].logprob, [-t for _, t in best], [lp for lp, _ in best])
             for column, value in zip(columns, row, strict=True):
                 column.append(value)
-    types = {"text": "i4", "position": "i4", "token": "i8", "logprob": "f4", "top_tokens": "i8", "top_logprobs": "f4"}
+    types = {"text": "i4", "position": "i4", "token": "i4", "logprob": "f4", "top_tokens": "i4", "top_logprobs": "f4"}
     arrays = {name: np.array(column, dtype=types[name]) for name, column in zip(types, columns, strict=True)}
     if not np.isfinite(arrays["logprob"]).all():
         raise RuntimeError("log-probabilities of the text are not finite")
