@@ -28,11 +28,11 @@ struct EightBitRow {
     float most_nope, most;  // largest magnitude of the latent part, of all
 };
 
-// Calls put(n, row) for the rows n of the block that are the warp's (of eight); the loads of two rows are in flight
-// together. Of more there would be more code than their latency is worth.
+// Calls put(n, row) for the rows n of the block that are the warp's (of eight); the loads of two or four rows are in
+// flight together. Of more there would be more code than their latency is worth.
 template <int N, typename Put>
 __device__ inline void for_query_rows(const Params& p, int request, int row0, int warp, const Put& put) {
-    constexpr int kTogether = N / 8 < 2 ? N / 8 : 2;
+    constexpr int kTogether = N / 8 < 2 ? N / 8 : N > 32 ? 4 : 2;
     const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
     for (int first = warp; first < N; first += 8 * kTogether) {

@@ -30,6 +30,7 @@
 #include "twowg_gather.cuh"
 #include "twowg_multiply.cuh"
 #include "twowg_rows.cuh"
+#include "twowg_score.cuh"
 #include "twowg_turned.cuh"
 
 using Copying = std::conditional_t<kGather, Gatherer, std::conditional_t<kScaled, RowCopier, Copier>>;
