@@ -13,6 +13,12 @@ OUT/comparison.md and OUT/comparison.json are written anew.
 --spec-tokens K adds speculative decoding with vLLM's n-gram drafter: batches of 1 + K query tokens a request.
 --batch-invariance adds, for FUSEDMLA under VLLM_BATCH_INVARIANT=1, prompts answered alone and inside a batch,
 compared bit by bit, and the same without the variable as a control.
+--own-indexer adds, for FUSEDMLA and models with DeepSeek-V3.2's indexer, the same jobs with VLLM_FUSEDMLA_INDEXER=1,
+each compared with its twin. Batch invariance of such models needs the variable, so those jobs always have it.
+
+    python evals/compare_backends.py --model evals/models/demo-dsa --kv-cache-dtypes auto,fp8_ds_mla --out results \
+        --backends FUSEDMLA,FLASHMLA_SPARSE,FLASH_ATTN_MLA_SPARSE --baseline FLASHMLA_SPARSE-auto-eager \
+        --jobs '^(?!.*FLASH_ATTN_MLA_SPARSE-fp8)' --own-indexer
 
 Exit code 1 if a job failed, a batch-invariant answer changed, or FUSEDMLA's jobs did not decode with FUSEDMLA.
 """
@@ -49,7 +55,11 @@ WORKER = ROOT / "evals" / "compare_worker.py"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One engine to run. `kind` is "generate", "invariance" or "control" (the latter two: batch invariance)."""
+    """One engine to run.
+
+    `kind` is "generate", "invariance" or "control" (the latter two: batch invariance). `own_indexer`: whether this
+    project's indexer is asked for.
+    """
 
     model: str
     backend: str
@@ -57,13 +67,15 @@ class Job:
     mode: str
     spec_tokens: int = 0
     kind: str = "generate"
+    own_indexer: bool = False
 
     @property
     def name(self) -> str:
         model = pathlib.Path(self.model).resolve().name
         spec = f"-spec{self.spec_tokens}" if self.spec_tokens else ""
         kind = f"-{self.kind}" if self.kind != "generate" else ""
-        return f"{model}-{self.backend}-{self.kv_cache_dtype}-{self.mode}{spec}{kind}"
+        indexer = "-indexer" if self.own_indexer else ""
+        return f"{model}-{self.backend}-{self.kv_cache_dtype}-{self.mode}{spec}{kind}{indexer}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,6 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--spec-tokens", type=int, default=0, help="also run with this many n-gram draft tokens")
     parser.add_argument("--batch-invariance", action="store_true", help="also compare bits alone and in a batch")
     parser.add_argument("--invariance-backends", default=OURS, help="backends of --batch-invariance")
+    parser.add_argument("--own-indexer", action="store_true", help="FUSEDMLA also with VLLM_FUSEDMLA_INDEXER=1")
     parser.add_argument("--baseline", default="FLASHMLA-auto-eager", help="BACKEND-DTYPE-MODE (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--jobs", metavar="REGEX", help="only jobs whose name matches")
@@ -112,6 +125,8 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         jobs += plain
         if args.spec_tokens:
             jobs += [dataclasses.replace(job, spec_tokens=args.spec_tokens) for job in plain]
+        if args.own_indexer:
+            jobs += [dataclasses.replace(job, own_indexer=True) for job in plain if job.backend == OURS]
         if args.batch_invariance:
             for backend in args.invariance_backends:
                 for dtype in args.kv_cache_dtypes:
@@ -152,6 +167,8 @@ def environment(job: Job, plugin: str | None) -> dict[str, str]:
     env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
     env["VLLM_BATCH_INVARIANT"] = "1" if job.kind == "invariance" else "0"
+    if job.own_indexer or job.kind != "generate":
+        env["VLLM_FUSEDMLA_INDEXER"] = "1"
     return env
 
 

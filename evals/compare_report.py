@@ -73,7 +73,8 @@ def _tail(result: Result) -> str:
     job = result["job"]
     spec = f"-spec{job['spec_tokens']}" if job["spec_tokens"] else ""
     kind = f"-{job['kind']}" if job["kind"] != "generate" else ""
-    return f"{job['backend']}-{job['kv_cache_dtype']}-{job['mode']}{spec}{kind}"
+    indexer = "-indexer" if job["own_indexer"] else ""
+    return f"{job['backend']}-{job['kv_cache_dtype']}-{job['mode']}{spec}{kind}{indexer}"
 
 
 def summarise(results: list[Result], baseline: str) -> dict[str, Any]:
@@ -106,14 +107,18 @@ def summarise(results: list[Result], baseline: str) -> dict[str, Any]:
 
 
 def _pair(base: Result, result: Result, baseline: str) -> dict[str, Any] | None:
-    """Difference of two jobs worth showing: to the baseline, or FUSEDMLA's to another backend in equal conditions."""
+    """Difference of two jobs worth showing.
+
+    To the baseline, FUSEDMLA's to another backend in equal conditions, or with this project's indexer to without.
+    """
     to_baseline = _tail(base) == baseline
     job, other = result["job"], base["job"]
-    conditions = ("kv_cache_dtype", "mode", "spec_tokens")
-    equal = job["backend"] == OURS != other["backend"] and all(job[c] == other[c] for c in conditions)
-    if not to_baseline and not equal:
+    same = all(job[c] == other[c] for c in ("kv_cache_dtype", "mode", "spec_tokens"))
+    equal = same and job["backend"] == OURS != other["backend"] and not job["own_indexer"]
+    twin = same and job["backend"] == other["backend"] and job["own_indexer"] and not other["own_indexer"]
+    if not to_baseline and not equal and not twin:
         return None
-    kind = "equal conditions" if equal else "baseline"
+    kind = "equal conditions" if equal else "indexer" if twin else "baseline"
     return {
         "model": model_of(result),
         "job": _tail(result),
@@ -127,7 +132,8 @@ def _pair(base: Result, result: Result, baseline: str) -> dict[str, Any] | None:
 def _job(result: Result) -> dict[str, Any]:
     kept = ("name", "status", "error", "seconds", "start_seconds", "generate_seconds", "cudagraph_mode", "block_size")
     job = {name: result[name] for name in kept if name in result}
-    job |= {name: result[name] for name in ("decode", "fusedmla", "log_lines", "parallel") if result.get(name)}
+    optional = ("decode", "fusedmla", "kernels", "log_lines", "parallel")
+    job |= {name: result[name] for name in optional if result.get(name)}
     job |= {name: result["job"][name] for name in ("backend", "mode")}
     if "answers" in result:
         job["prompts"] = len(result["answers"])
@@ -174,8 +180,13 @@ def markdown(summary: dict[str, Any]) -> str:
         parts += [f"## Against {summary['baseline']}", _PAIR_TEXT, _pair_table(to_baseline)]
     if equal:
         parts += ["## FUSEDMLA against other backends in equal conditions", _pair_table(equal)]
+    if twins := [pair for pair in summary["pairs"] if pair["kind"] == "indexer"]:
+        parts += ["## This project's indexer against vLLM's", _pair_table(twins)]
     if summary["invariance"]:
         parts += ["## The same prompt alone and in a batch", _invariance_table(summary["invariance"])]
+    seen = [job for job in summary["jobs"] if job.get("kernels")]
+    if seen:
+        parts += ["## Kernels on the GPU", _KERNEL_TEXT, "\n".join(_kernel_line(job) for job in seen)]
     lines = [f"- {job['name']}: `{line}`" for job in summary["jobs"] for line in job.get("log_lines", [])]
     if lines:
         parts += ["## What FUSEDMLA logged", "\n".join(lines)]
@@ -190,13 +201,23 @@ _PAIR_TEXT = (
 )
 
 
+_KERNEL_TEXT = (
+    "Launches that the profiler saw while four of the longest prompts were answered once more, those of CUDA graphs "
+    "too: kernels of attention and of the indexer, by name."
+)
+
+
+def _kernel_line(job: dict[str, Any]) -> str:
+    return f"- {job['name']}: " + ", ".join(f"`{name}` {count}" for name, count in job["kernels"].items())
+
+
 def _job_table(jobs: list[dict[str, Any]]) -> str:
     header = [
         "job",
         "right answers",
         "decode steps by query length",
         "decode tokens",
-        "FUSEDMLA tokens",
+        "FUSEDMLA tokens, decoded by kernel",
         "graphs",
         "page",
     ]
@@ -213,7 +234,7 @@ def _job_table(jobs: list[dict[str, Any]]) -> str:
                 f"{job['right']} of {job['prompts']}" if "right" in job else "",
                 ", ".join(f"{length}: {steps}" for length, steps in decode["steps_by_query_len"].items()),
                 str(decode["tokens"]),
-                str(job["fusedmla"]["scheduled"]) if "fusedmla" in job else "",
+                _own_tokens(job.get("fusedmla", {})),
                 job["cudagraph_mode"].rpartition(".")[2],
                 str(job["block_size"]),
                 str(decode["graph_replays"]),
@@ -222,6 +243,11 @@ def _job_table(jobs: list[dict[str, Any]]) -> str:
             ]
         )
     return table(header, lines)
+
+
+def _own_tokens(counts: dict[str, int]) -> str:
+    kernels = [f"{name}: {tokens}" for name, tokens in counts.items() if name not in ("tokens", "scheduled")]
+    return ", ".join([str(counts["scheduled"]), *kernels]) if "scheduled" in counts else ""
 
 
 def _pair_table(pairs: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import sys
 import time
 import traceback
@@ -23,6 +24,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from evals.tasks.chain_recall import Example, filler_for_length, make_example, total_tokens
 
 MAX_LINKS = 64
+KERNELS = re.compile(r"[\w:]*(mla|swapab|twowg|sparse|FlashAttn|logits|topk)\w*", re.IGNORECASE)
+"""Names of kernels of attention and of the indexer, this project's and others'."""
+SAMPLING = re.compile(r"sbtopk|log_softmax")
+PROFILED_PROMPTS, PROFILED_TOKENS = 4, 8
 TOP = 5
 """Most probable tokens saved with each answered token."""
 INVARIANCE_BATCH = 32
@@ -61,13 +66,18 @@ class DecodeRecorder:
     def install(self) -> None:
         """Wrap `_build_decode` of the builders that are loaded. Call it when the engine has started."""
         from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder
+        from vllm.model_executor.layers.attention.sparse_mla_attention import SparseMLACommonMetadataBuilder
 
-        queue = [MLACommonMetadataBuilder]
-        while queue:
-            builder = queue.pop()
-            queue += builder.__subclasses__()
-            if "_build_decode" in vars(builder):
-                self._wrap(builder)
+        for base, method, wrap in (
+            (MLACommonMetadataBuilder, "_build_decode", self._wrap),
+            (SparseMLACommonMetadataBuilder, "build", self._wrap_sparse),
+        ):
+            queue = [base]
+            while queue:
+                builder = queue.pop()
+                queue += builder.__subclasses__()
+                if method in vars(builder):
+                    wrap(builder)
         import torch
 
         replay = torch.cuda.CUDAGraph.replay
@@ -93,8 +103,26 @@ class DecodeRecorder:
 
         builder._build_decode = build_decode
 
+    def _wrap_sparse(self, builder: Any) -> None:
+        original = builder.build
+
+        def build(instance: Any, *args: Any, **kwargs: Any) -> Any:
+            outer = not self._inside
+            self._inside = True
+            try:
+                metadata = original(instance, *args, **kwargs)
+            finally:
+                self._inside = not outer
+            if outer and metadata.num_decode_tokens:
+                self._add(metadata.num_decodes, metadata.num_decode_tokens)
+            return metadata
+
+        builder.build = build
+
     def _count(self, kwargs: dict[str, Any]) -> None:
-        requests, tokens = kwargs["seq_lens_device"].shape[0], kwargs["num_decode_tokens"]
+        self._add(kwargs["seq_lens_device"].shape[0], kwargs["num_decode_tokens"])
+
+    def _add(self, requests: int, tokens: int) -> None:
         self.steps += 1
         self.tokens += tokens
         self.largest_batch = max(self.largest_batch, requests)
@@ -230,11 +258,32 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fusedmla_counters() -> dict[str, int]:
-    """Tokens that FUSEDMLA's backend says it has decoded in this process; empty if it was not loaded."""
-    backend = sys.modules.get("vllm_fusedmla.backend")
-    counter = getattr(backend, "decode_tokens", None)
-    return {} if counter is None else {"tokens": counter.tokens, "scheduled": counter.scheduled}
+def fusedmla_counters() -> collections.Counter[str]:
+    """What FUSEDMLA's backends say they have done in this process; empty if they were not loaded.
+
+    "tokens", "scheduled", and decoded tokens by kernel under names such as "sparse twowg_gather".
+    """
+    found: collections.Counter[str] = collections.Counter()
+    for module, name in (("backend", "decode_tokens"), ("sparse_metadata", "sparse_tokens")):
+        counter = getattr(sys.modules.get(f"vllm_fusedmla.{module}"), name, None)
+        if counter is not None:
+            found.update({"tokens": counter.tokens, "scheduled": counter.scheduled})
+            found.update({f"{counter.name} {kernel}": tokens for kernel, tokens in counter.by_kernel.items()})
+    return found
+
+
+def kernels_seen(call: Callable[[], Any]) -> dict[str, int]:
+    """Launches, by name, of the attention's and the indexer's kernels on the GPU during `call`, those of graphs too."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+    counts: collections.Counter[str] = collections.Counter()
+    for event in recorded.key_averages():
+        found = KERNELS.search(event.key)
+        if found and not SAMPLING.search(event.key):
+            counts[found[0].strip(":")] += event.count
+    return dict(counts.most_common())
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
@@ -268,8 +317,13 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         result["invariance"] = bits_alone_and_together(llm, settings)
     result["generate_seconds"] = round(time.monotonic() - begin, 2)
     result["decode"] = recorder.summary()
-    after = fusedmla_counters()
-    result["fusedmla"] = {name: after[name] - before.get(name, 0) for name in after}
+    result["fusedmla"] = dict(fusedmla_counters() - before)
+    if job["kind"] == "generate":
+        chosen = sorted(examples, key=lambda example: len(example.prompt_ids))[-PROFILED_PROMPTS:]
+        try:
+            result["kernels"] = kernels_seen(lambda: generate(llm, chosen, PROFILED_TOKENS))
+        except Exception as error:  # the answers are what counts
+            result["kernels"] = {f"not profiled: {type(error).__name__}": 0}
     return result
 
 

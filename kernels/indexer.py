@@ -34,14 +34,15 @@ class IndexerConfig:
     programs_per_sm: int
 
 
-# First row that fits wins. Compiled, not timed. A page's number is one load and its keys are the next, so half of the
-# stages hold keys on their way.
+# First row that fits wins. Those for 9.0 and one query row a request were chosen by measurement on an H200
+# (docs/performance.md), the others were compiled, not timed. A page's number is one load and its keys are the next, so
+# half of the stages hold keys on their way.
 _TABLE = (
     # capability from, to | kernel | most query rows of a request | fp8, block_r, block_n, warps, stages, programs a SM
     ((9, 0), (9, 0), "paged", 1, (True, 1, 64, 4, 6, 4)),
     ((9, 0), (9, 0), "paged", 2, (True, 2, 64, 4, 6, 3)),
     ((9, 0), (9, 0), "paged", 99, (True, 4, 64, 4, 5, 2)),
-    ((9, 0), (9, 0), "ragged", 99, (True, 4, 64, 4, 3, 3)),
+    ((9, 0), (9, 0), "ragged", 99, (True, 4, 128, 4, 3, 2)),
     ((8, 9), (99, 9), "paged", 99, (True, 1, 64, 8, 3, 2)),
     ((8, 9), (99, 9), "ragged", 99, (True, 2, 64, 8, 3, 1)),
     ((8, 0), (8, 8), "paged", 99, (False, 1, 64, 8, 2, 2)),
@@ -132,6 +133,7 @@ def index_logits_paged(
         BLOCK_HEADS=max(next_power_of_2(heads), 16),
         BLOCK_N=config.block_n,
         BLOCK_B=next_power_of_2(max(b, 16)),
+        STAGES=config.num_stages,
         INTERPRETED=interpreted(),
         **dependent_launch(device),
         num_warps=config.num_warps,
@@ -201,6 +203,7 @@ def index_logits_ragged(
         BLOCK_R=config.block_r,
         BLOCK_HEADS=max(next_power_of_2(heads), 16),
         BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
         INTERPRETED=interpreted(),
         **dependent_launch(device),
         num_warps=config.num_warps,

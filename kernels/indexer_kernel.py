@@ -86,6 +86,7 @@ def paged_logits_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -130,7 +131,8 @@ def paged_logits_kernel(
                 seen = tl.load(seq_lens + index * lens_stride) - (S_Q - 1) + row
             row_len += (tl.where(inside, tl.minimum(seen, max_len), 0),)
         table = block_table + wide * table_stride
-        for tile in range(tl.maximum(share_begin - line, 0), tl.minimum(share_end - line, my_tiles)):
+        first = tl.maximum(share_begin - line, 0)
+        for tile in tl.range(first, tl.minimum(share_end - line, my_tiles), num_stages=STAGES):
             position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             if PAGE_SIZE % BLOCK_N == 0:  # one page a tile, all of whose rows may be read
                 page = cache + tl.load(table + tile * BLOCK_N // PAGE_SIZE).to(tl.int64) * page_stride
@@ -186,6 +188,7 @@ def ragged_logits_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -217,7 +220,8 @@ def ragged_logits_kernel(
     first_tile = lowest // BLOCK_N
     tiles = tl.maximum(tl.cdiv(highest, BLOCK_N) - first_tile, 0)
     share = tl.cdiv(tiles, splits)
-    for tile in range(first_tile + split * share, first_tile + tl.minimum(split * share + share, tiles)):
+    first_tile += split * share
+    for tile in tl.range(first_tile, first_tile + tl.minimum(share, tiles - split * share), num_stages=STAGES):
         position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         live = position < total
         keys = _operands((k + position.to(tl.int64) * width)[:, None], live[:, None], FP8, INTERPRETED)

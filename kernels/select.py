@@ -70,7 +70,7 @@ _SPARSE_TABLE = (
     ((8, 0), (99, 9), _SIXTEEN_BIT, MAX_H_Q, (16, 32, 4, 2, 1, 1, 2), 8),
     ((8, 0), (99, 9), _FP8 + _DS_MLA, MAX_H_Q, (16, 32, 4, 2, 2, 1, 2), 4),
 )
-HOPPER_KERNELS = ("swapab", "twowg", "twowg_e4m3", "twowg_rows", "twowg_gather")
+HOPPER_KERNELS = ("swapab", "twowg", "twowg_e4m3", "twowg_rows", "twowg_gather", "swapab_gather")
 """Names of the CUDA kernels in hopper/."""
 _HOPPER_TABLE = (
     # caches | most rows | kernel, query rows of a block
@@ -80,13 +80,19 @@ _HOPPER_TABLE = (
     (_DS_MLA, _ANY_ROWS, ("twowg_rows", 64)),
 )
 _HOPPER_SPARSE_TABLE = (
-    # caches | fewest heads | kernel, heads of a block
-    (
-        _SIXTEEN_BIT + _DS_MLA,
-        17,
-        ("twowg_gather", 64),
-    ),  # up to 16 the portable kernel pads less and is as fast or faster
+    # caches | most heads | kernel, heads of a block | most blocks of 16 heads of a launch
+    (_SIXTEEN_BIT + _DS_MLA, 8, ("swapab_gather", 8), 0),
+    (_SIXTEEN_BIT + _DS_MLA, 16, ("swapab_gather", 16), 0),
+    (_SIXTEEN_BIT + _DS_MLA, 24, ("swapab_gather", 24), 4),
+    (_SIXTEEN_BIT, 32, ("swapab_gather", 32), 4),
+    (_SIXTEEN_BIT, MAX_H_Q, ("twowg_gather", 64), 16),
+    (_DS_MLA, MAX_H_Q, ("twowg_gather", 64), 32),
 )
+"""The last column: up to so many, the swap-AB kernel with blocks of 16 heads is faster. Each gathers a list again, but
+more of the GPU takes part. Measured with 1 to 8 tokens."""
+_FEW_HEADS = 16
+FEW_TOKENS = 8
+"""Most query tokens on which the choice of a sparse kernel may depend."""
 _HOPPER_TILE, _HOPPER_WARPS = 64, 12
 LARGEST_TILE = max(_HOPPER_TILE, *(values[1] for *_, values in _TABLE))
 """Tokens of the largest KV tile: pages of a multiple of it hold whole tiles of every kernel."""
@@ -130,8 +136,15 @@ def select_portable(arch: tuple[int, int], rows: int, cache_format: str) -> Deco
     raise ValueError(f"no dense decode kernel for compute capability {arch[0]}.{arch[1]} and {rows} query rows")
 
 
-def select_sparse(arch: tuple[int, int], h_q: int, cache_format: str, hopper: bool = False) -> DecodeConfig:
-    """Choose the sparse attention kernel; arguments as of `select_decode`, `rows` of it is ``h_q``.
+def select_sparse(
+    arch: tuple[int, int], h_q: int, cache_format: str, hopper: bool = False, tokens: int | None = None
+) -> DecodeConfig:
+    """Choose the sparse attention kernel.
+
+    Args:
+        arch, cache_format, hopper: as of `select_decode`, whose `rows` is ``h_q`` here.
+        h_q: query heads.
+        tokens: query tokens of a launch, where the choice may depend on it.
 
     Raises:
         ValueError: no kernel serves this call; the message says why.
@@ -139,8 +152,11 @@ def select_sparse(arch: tuple[int, int], h_q: int, cache_format: str, hopper: bo
     if cache_format not in _SIXTEEN_BIT + _FP8 + _DS_MLA:
         raise ValueError(f"sparse attention on a GPU reads bf16, fp16, fp8 and fp8_ds_mla caches, not {cache_format}")
     if hopper and arch == (9, 0):
-        for formats, fewest_heads, (kernel, block_h) in _HOPPER_SPARSE_TABLE:
-            if cache_format in formats and h_q >= fewest_heads:
+        for formats, most_heads, (kernel, block_h), few_blocks in _HOPPER_SPARSE_TABLE:
+            if cache_format in formats and h_q <= most_heads:
+                blocks = (tokens or 0) * -(-h_q // _FEW_HEADS)
+                if tokens is not None and tokens <= FEW_TOKENS and blocks <= few_blocks:
+                    kernel, block_h = "swapab_gather", _FEW_HEADS
                 reason = f"compute capability 9.0, {h_q} query heads, {cache_format} cache"
                 return DecodeConfig(kernel, block_h, _HOPPER_TILE, _HOPPER_WARPS, 0, 1, 1, 1, reason)
     for least, most, caches, most_rows, values, groups in _SPARSE_TABLE:

@@ -59,7 +59,7 @@ def mla_sparse_decode(
     out = q_nope.new_empty(b, s_q, h_q, layout.D_V) if out is None else out
     lse = torch.empty(b, s_q, h_q, dtype=torch.float32, device=q_nope.device) if lse is None else lse
     if plan is None:
-        plan = sparse_plan(h_q, layout.cache_format(cache), q_nope.device)
+        plan = sparse_plan(h_q, layout.cache_format(cache), q_nope.device, tokens=b * s_q)
     _attend(
         q_nope, q_rope, cache, indices, topk_length, block_table, sm_scale, k_scale, attn_sink, plan, workspace, out,
         lse, None,

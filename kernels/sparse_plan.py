@@ -13,7 +13,7 @@ from . import hopper
 from .common import device_facts
 from .layout import D_V
 from .schedule import ScheduleParams
-from .select import HOPPER_KERNELS, DecodeConfig, select_sparse
+from .select import FEW_TOKENS, HOPPER_KERNELS, DecodeConfig, select_sparse
 
 _MAX_WAVES = 3
 """Pieces, where there is more than one a token, are at most this many times the programs that run at once."""
@@ -97,7 +97,6 @@ def make_sparse_plan(
     return SparsePlan(config, params)
 
 
-@lru_cache(maxsize=256)
 def sparse_plan(
     h_q: int,
     cache_format: str,
@@ -105,8 +104,9 @@ def sparse_plan(
     batch_invariant: bool = False,
     prefill: bool = False,
     portable: bool = False,
+    tokens: int | None = None,
 ) -> SparsePlan:
-    """Plan for a launch shape; the same for any number of tokens, so that captured graphs may share buffers.
+    """Plan for a launch shape, the same for any number of tokens but few: captured graphs may share buffers.
 
     Makes a Hopper kernel ready for launches, or plans for the portable one where that fails.
 
@@ -116,11 +116,27 @@ def sparse_plan(
         batch_invariant: the same bits for a token whatever else is in the launch.
         prefill: many tokens are to be expected, so batch-invariant launches do not split at all.
         portable: take the portable kernel, whether or not another is preferred.
+        tokens: query tokens of the launch: for up to FEW_TOKENS another kernel may be faster. Not looked at with
+            batch_invariant or prefill.
     """
+    few = tokens if tokens is not None and tokens <= FEW_TOKENS and not (batch_invariant or prefill) else None
+    return _sparse_plan(h_q, cache_format, device, batch_invariant, prefill, portable, few)
+
+
+@lru_cache(maxsize=256)
+def _sparse_plan(
+    h_q: int,
+    cache_format: str,
+    device: torch.device,
+    batch_invariant: bool,
+    prefill: bool,
+    portable: bool,
+    tokens: int | None,
+) -> SparsePlan:
     arch, num_sms = device_facts(device)
     max_splits = 1 if prefill else _INVARIANT_PIECES
     compiled = device.type == "cuda" and not portable and hopper.available()
-    config = select_sparse(arch, h_q, cache_format, compiled)
+    config = select_sparse(arch, h_q, cache_format, compiled, tokens)
     if config.kernel in HOPPER_KERNELS and not hopper.loads(config, cache_format, h_q, device):
         config = select_sparse(arch, h_q, cache_format)
     return make_sparse_plan(config, h_q, num_sms, batch_invariant, max_splits)

@@ -5,6 +5,7 @@ import torch
 
 from . import topk_kernel as kernels
 from .common import dependent_launch, device_facts, interpreted
+from .hopper import topk as hopper_topk
 
 _LEAST_PART = 1024
 """Values of a row for which one more program is worth its wait for the others."""
@@ -59,8 +60,9 @@ def topk_indices(
         out: ``[rows, k]`` int32, contiguous rows with any stride between them.
         workspace: from `topk_workspace`, for at least `rows` rows; allocated (one more launch) if not given and needed,
             which it is where `programs_per_row` is over 1.
-        parts: programs a row, chosen if not given. With more than one, all programs of the launch must fit on the GPU
-            at the same time, or the driver refuses.
+        parts: programs a row of the portable kernel, chosen if not given. With more than one, all programs of the
+            launch must fit on the GPU at the same time, or the driver refuses. On Hopper a CUDA kernel without
+            workspace serves if it is not given, unless there are starts.
 
     Returns:
         ``[rows, k]`` int32: indices relative to the row's start, ascending, then -1 where fewer values than `k` are
@@ -74,6 +76,9 @@ def topk_indices(
     starts, ends = visible if isinstance(visible, tuple) else (None, visible)
     out = torch.empty(rows, k, dtype=torch.int32, device=device) if out is None else out
     if rows == 0:
+        return out
+    if parts is None and starts is None and _whole_vectors(logits) and hopper_topk.takes(logits, k):
+        hopper_topk.topk_indices(logits, ends, out)
         return out
     parts = programs_per_row(rows, n, device) if parts is None else parts
     multi = parts > 1

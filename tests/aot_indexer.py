@@ -24,7 +24,8 @@ def compile_logits(case: dict) -> dict:
     types |= dict.fromkeys(("seq_lens", "block_table", "starts", "ends"), "*i32")
     constants = {
         "HEADS": heads, "CLEAN": case.get("clean", False), "FP8": config.fp8, "BLOCK_R": config.block_r,
-        "BLOCK_HEADS": max(next_power_of_2(heads), 16), "BLOCK_N": config.block_n, "INTERPRETED": False,
+        "BLOCK_HEADS": max(next_power_of_2(heads), 16), "BLOCK_N": config.block_n, "STAGES": config.num_stages,
+        "INTERPRETED": False,
     }  # fmt: skip
     if case["kernel"] == "paged":
         kernel = indexer_kernel.paged_logits_kernel

@@ -4,6 +4,7 @@
 import importlib.metadata
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from evals import compare_backends, compare_report, compare_worker
 from evals.compare_backends import Job
 from evals.tasks.chain_recall import correct_hops
+from vllm_fusedmla.counts import DecodeCounter
 
 
 def options(tmp_path, *more):
@@ -42,6 +44,17 @@ def test_speculation_and_invariance_add_jobs(tmp_path):
     ]
     assert len(found) == 8
     assert names(tmp_path, "--spec-tokens", "1", "--jobs", "TRITON.*spec1$") == ["demo-TRITON_MLA-auto-eager-spec1"]
+
+
+def test_the_own_indexer_adds_twins_of_this_projects_jobs(tmp_path):
+    found = names(tmp_path, "--backends", "FUSEDMLA,FLASHMLA_SPARSE", "--own-indexer")
+    assert found == ["demo-FUSEDMLA-auto-eager", "demo-FLASHMLA_SPARSE-auto-eager", "demo-FUSEDMLA-auto-eager-indexer"]
+    for job, asked in (
+        (Job("m", "FUSEDMLA", "auto", "eager"), False),
+        (Job("m", "FUSEDMLA", "auto", "eager", own_indexer=True), True),
+        (Job("m", "FUSEDMLA", "auto", "eager", kind="control"), True),
+    ):
+        assert (compare_backends.environment(job, None).get("VLLM_FUSEDMLA_INDEXER") == "1") is asked
 
 
 def test_batch_invariance_is_set_for_its_job_only():
@@ -116,7 +129,8 @@ if backend == "FUSEDMLA":
 decode = {"steps": 1, "tokens": 1, "largest_batch": 1, "graph_replays": 0, "steps_by_query_len": {"1": 1}}
 path.write_text(json.dumps(request | {"status": "ok", "answers": [row], "versions": {"device": "fake", "vllm": "0"},
     "start_seconds": 1, "generate_seconds": 1, "cudagraph_mode": "NONE", "block_size": 16, "decode": decode,
-    "fusedmla": {"tokens": 1, "scheduled": 1} if backend == "FUSEDMLA" else {}}))
+    "kernels": {"sparse_kernel": 7},
+    "fusedmla": {"tokens": 1, "scheduled": 1, "sparse swapab": 1} if backend == "FUSEDMLA" else {}}))
 """
 
 
@@ -167,6 +181,17 @@ def test_a_failed_job_is_reported_and_the_others_run(tmp_path, fake_worker, back
     status = {job["name"]: job["status"] for job in summary["jobs"]}
     assert status == {f"demo-{backend}-auto-eager": "error", "demo-FLASHMLA-auto-eager": "ok"}
     assert error in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_the_own_indexer_is_compared_with_its_twin(tmp_path, fake_worker):
+    code, summary = compare(tmp_path, "FUSEDMLA,FLASHMLA", "--own-indexer")
+    assert code == 0
+    found = [(pair["job"], pair["against"], pair["kind"]) for pair in summary["pairs"]]
+    assert ("FUSEDMLA-auto-eager-indexer", "FUSEDMLA-auto-eager", "indexer") in found
+    assert ("FUSEDMLA-auto-eager", "FLASHMLA-auto-eager", "equal conditions") in found and len(found) == 3
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "## This project's indexer against vLLM's" in text
+    assert "- demo-FUSEDMLA-auto-eager: `sparse_kernel` 7" in text and "| 1, sparse swapab: 1 |" in text
 
 
 def answer(tokens, logprobs, top=None, length=9):
@@ -246,6 +271,38 @@ def test_recorder_counts_a_step_once_although_builders_call_their_base():
         "largest_batch": 4,
         "graph_replays": 0,
         "steps_by_query_len": {"1": 1, "2": 1},
+    }
+
+
+def test_recorder_counts_sparse_decodes():
+    class Base:
+        def build(self, decodes, tokens):
+            return types.SimpleNamespace(num_decodes=decodes, num_decode_tokens=tokens)
+
+    class Derived(Base):
+        def build(self, decodes, tokens):
+            return super().build(decodes, tokens)
+
+    recorder = compare_worker.DecodeRecorder()
+    for builder in (Base, Derived):
+        recorder._wrap_sparse(builder)
+    assert Derived().build(4, 8).num_decode_tokens == 8
+    Base().build(0, 0)  # nothing but prefills
+    Base().build(3, 3)
+    assert recorder.summary()["steps_by_query_len"] == {"1": 1, "2": 1} and recorder.summary()["tokens"] == 11
+
+
+def test_counters_of_both_kinds_of_layers_add_up(monkeypatch):
+    for module, name, kind in (("backend", "decode_tokens", "dense"), ("sparse_metadata", "sparse_tokens", "sparse")):
+        counter = DecodeCounter(kind)
+        counter.tokens, counter.scheduled = 2, 3
+        counter.record("swapab", 5)
+        monkeypatch.setitem(sys.modules, f"vllm_fusedmla.{module}", types.SimpleNamespace(**{name: counter}))
+    assert compare_worker.fusedmla_counters() == {
+        "tokens": 4,
+        "scheduled": 6,
+        "dense swapab": 5,
+        "sparse swapab": 5,
     }
 
 

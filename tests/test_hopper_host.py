@@ -11,9 +11,9 @@ import cubins
 import pytest
 import torch
 
-from vllm_fusedmla.kernels import hopper, plan, select
+from vllm_fusedmla.kernels import hopper, plan, select, sparse_plan
 from vllm_fusedmla.kernels.hopper import build, counters, params
-from vllm_fusedmla.kernels.hopper.variants import VARIANTS, swapab_rows
+from vllm_fusedmla.kernels.hopper.variants import TOPK_NAME, VARIANTS, swapab_rows
 
 FORMATS = ("bf16", "fp16", "fp8", "fp8_ds_mla")
 HOPPER, SMS = (9, 0), 132
@@ -53,7 +53,7 @@ def test_every_shape_gets_a_kernel_that_is_compiled(cache_format, fp8_mma):
 
 
 def test_every_kernel_serves_some_shape():
-    used = set()
+    used = {TOPK_NAME}
     for cache_format in FORMATS:
         for rows in ROWS:
             for fp8_mma in (False, True):
@@ -72,6 +72,28 @@ def test_other_gpus_get_the_portable_kernel(arch):
 
 
 # How it is divided
+
+
+@pytest.mark.parametrize("topk", [64, 512, 2048, 2176, 2304])
+def test_lists_are_shared_by_as_many_as_run_at_once(topk):
+    config = select.select_sparse(HOPPER, 16, "bf16", hopper=True)
+    params = sparse_plan.make_sparse_plan(config, 16, SMS, False).params
+    tiles = topk // 64
+    for tokens in (1, 7, 8, 16, 17, 66, 67, 132, 5000):
+        parts = hopper.list_parts(tokens, topk, params, lambda size: SMS // size)
+        assert 1 <= parts <= 16 and (parts == 1 or tokens * parts <= SMS)
+        assert parts == 1 or tiles > -(-tiles // parts) * (parts - 1), "every one of them has tiles"
+        assert hopper.list_parts(tokens, topk, params, lambda size: 0) == 1
+    assert hopper.list_parts(1, 2048, params, lambda size: SMS // size if size <= 8 else 0) == 8
+
+
+def test_parts_of_a_list_in_batch_invariant_mode_depend_on_its_length_alone():
+    config = select.select_sparse(HOPPER, 16, "bf16", hopper=True)
+    for max_splits in (1, 8):
+        params = sparse_plan.make_sparse_plan(config, 16, SMS, True, max_splits).params
+        for topk in (64, 2048):
+            parts = {hopper.list_parts(n, topk, params, lambda size: SMS // size) for n in (1, 20, 5000)}
+            assert parts == {1 if topk == 64 else max_splits}
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)

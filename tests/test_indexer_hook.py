@@ -72,7 +72,12 @@ def sets(indices: torch.Tensor) -> list[set[int]]:
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """vLLM's modules as they were, afterwards."""
     names = ("fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", "has_deep_gemm", "ops", "get_indexer_topk")
-    for module, attributes in ((layer, names), (builder, ("has_deep_gemm", "_supports_native_decode"))):
+    backend = builder.DeepseekV32IndexerBackend
+    for module, attributes in (
+        (layer, names),
+        (builder, ("has_deep_gemm", "_supports_native_decode")),
+        (backend, ("supports_batch_invariance",)),
+    ):
         for name in attributes:
             monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
@@ -140,6 +145,7 @@ def test_kernels_in_vllms_indexer(restored: None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("VLLM_FUSEDMLA_INDEXER", "1")
     indexer.install()
     indexer.install()  # plugins load many times
+    assert builder.DeepseekV32IndexerBackend.supports_batch_invariance()
     decodes, topk = 2, 64
     query_lens = [next_n] * decodes + [random.randrange(2, 9) for _ in range(prefills)]
     seq_lens = [next_n, 150, *(random.randrange(70, 140) for _ in range(prefills))]
@@ -197,6 +203,7 @@ def test_install_without_being_asked_leaves_the_topk(restored: None, monkeypatch
     indexer.install()
     assert layer.fp8_fp4_paged_mqa_logits is indexer.paged_mqa_logits
     assert (layer.get_indexer_topk, layer.ops) == (topk, ops)
+    assert not builder.DeepseekV32IndexerBackend.supports_batch_invariance()  # of vLLM's top-k
     assert layer.has_deep_gemm() and not builder.has_deep_gemm()  # may be built; plans nothing
 
 

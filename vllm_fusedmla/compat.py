@@ -238,6 +238,18 @@ def replace_indexer_topk(prefill_topk: Callable[..., Any], decode_topk: Callable
     layer.get_indexer_topk = lambda backend: decode_topk
 
 
+def allow_batch_invariant_indexer() -> None:
+    """Let vLLM run its indexer in batch-invariant mode, for an indexer whose kernels are batch-invariant.
+
+    Reason: vLLM asks the backend of the indexer's cache, whatever kernels compute with it, and that says no: its top-k
+    returns its indices in an order that varies.
+    Goes: when vLLM has a registry of indexer kernels.
+    """
+    from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerBackend
+
+    DeepseekV32IndexerBackend.supports_batch_invariance = classmethod(lambda cls: True)
+
+
 def convert_to_slots(
     indices: torch.Tensor, request_of_token: torch.Tensor, block_table: torch.Tensor, page_size: int
 ) -> torch.Tensor:

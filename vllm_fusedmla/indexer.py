@@ -201,3 +201,4 @@ def install() -> None:
     compat.replace_deep_gemm(mqa_logits, paged_mqa_logits, MAX_QUERY_LEN)
     if envs.VLLM_FUSEDMLA_INDEXER == "1":
         compat.replace_indexer_topk(prefill_topk, decode_topk)
+        compat.allow_batch_invariant_indexer()

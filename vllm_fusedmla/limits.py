@@ -11,6 +11,7 @@ import torch
 from . import compat, envs
 from .kernels import layout
 from .kernels.plan import DecodePlan, decode_plan
+from .kernels.select import FEW_TOKENS
 from .kernels.sparse_plan import SparsePlan, sparse_plan
 
 _INVARIANT_WORKSPACE_BYTES = 1 << 30
@@ -154,9 +155,15 @@ class SparseLimits:
             portable=dense.portable,
         )
 
-    def plan(self, device: torch.device, prefill: bool = False) -> SparsePlan:
-        """The launch plan of a step's decodes, or of its prefills; an equal one at every call."""
-        plan = sparse_plan(self.heads, self.cache_format, device, self.batch_invariant, prefill, self.portable)
+    def plan(self, device: torch.device, prefill: bool = False, tokens: int | None = None) -> SparsePlan:
+        """The launch plan of a step's decodes, or of its prefills; an equal one at every call with equal arguments.
+
+        Args:
+            device: of the launch.
+            prefill: whether it is one of prefills.
+            tokens: query tokens of the launch; without them the plan is one for many.
+        """
+        plan = sparse_plan(self.heads, self.cache_format, device, self.batch_invariant, prefill, self.portable, tokens)
         if not self.batch_invariant:
             return plan
         # As for dense decodes: the splits may depend on the engine's limits, never on the batch.
@@ -171,7 +178,8 @@ class SparseLimits:
     def reserve_workspace(self, device: torch.device) -> None:
         """Grow vLLM's scratch memory to what any step may need, so that it is in place before profiling and capture."""
         slots, *_ = self.plan(device).workspace_shapes(self.decode_tokens, 1, self.heads)
-        shapes = SparsePlan.shapes_for(slots[0], self.tokens, self.heads)
+        few = [self.workspace_shapes(self.plan(device, tokens=n), n)[0][0] for n in range(1, FEW_TOKENS + 1)]
+        shapes = SparsePlan.shapes_for(max(slots[0], *few), self.tokens, self.heads)
         compat.shared_workspace([(shape, torch.float32) for shape in shapes])
 
     def warm_up(self, page_size: int, device: torch.device) -> None:
@@ -181,12 +189,13 @@ class SparseLimits:
         table_width = -(-self.max_seq_len // page_size)
         token = layout.pack_rows(torch.zeros(1, layout.D_QK, device=device), self.cache_format)
         cache = token.new_empty(1, page_size, token.shape[1])
-        shapes = [(b, s_q, True) for s_q in self.query_lens for b in (1, _WARM_UP_REQUESTS)]
-        for b, s_q, by_position in [*shapes, (1, 1, False), (_WARM_UP_REQUESTS, 1, False)]:
+        requests = (*range(1, FEW_TOKENS + 1), _WARM_UP_REQUESTS)
+        shapes = [(b, s_q, True) for s_q in self.query_lens for b in requests]
+        for b, s_q, by_position in [*shapes, *((b, 1, False) for b in requests)]:
             q = torch.zeros(b, s_q, self.heads, layout.D_QK, dtype=self.dtype, device=device)
             indices = torch.full((b, s_q, self.topk), -1, dtype=torch.int32, device=device)
             table = torch.zeros(b, table_width, dtype=torch.int32, device=device) if by_position else None
-            mla_sparse_decode(q, cache, indices, block_table=table, plan=self.plan(device))
+            mla_sparse_decode(q, cache, indices, block_table=table, plan=self.plan(device, tokens=b * s_q))
 
 
 def decode_threshold() -> int:

@@ -260,8 +260,9 @@ class FusedMLASparseImpl(StoresTokens, SparseMLACommonImpl[FusedMLASparseMetadat
             return
         from .kernels.sparse_decode import mla_sparse_decode
 
-        plan = self._limits.plan(cache.device, prefill)
-        shapes = self._limits.workspace_shapes(plan, indices.shape[0] * indices.shape[1])
+        tokens = indices.shape[0] * indices.shape[1]
+        plan = self._limits.plan(cache.device, prefill, tokens)
+        shapes = self._limits.workspace_shapes(plan, tokens)
         workspace = compat.shared_workspace([(shape, torch.float32) for shape in shapes])
         mla_sparse_decode(q, cache, indices, plan=plan, workspace=workspace, **options)
 

@@ -162,8 +162,9 @@ class FusedMLASparseMetadataBuilder(SparseMLACommonMetadataBuilder[FusedMLASpars
     ) -> FusedMLASparseMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         sparse_tokens.scheduled += metadata.num_actual_tokens
-        kernel = "reference" if uses_reference() else self._limits.plan(self.device).config.kernel
-        sparse_tokens.record(kernel, metadata.num_decode_tokens)
+        tokens = metadata.num_decode_tokens
+        kernel = "reference" if uses_reference() else self._limits.plan(self.device, tokens=tokens).config.kernel
+        sparse_tokens.record(kernel, tokens)
         length = uniform_query_len(
             common_attn_metadata.query_start_loc_cpu, metadata.num_decodes, metadata.num_decode_tokens
         )

@@ -101,7 +101,8 @@ def _mla_sparse_decode_op(
         return
     from .kernels import sparse_decode  # here, so that a CPU install needs no Triton
 
-    plan = sparse_plan(q.shape[2], layout.cache_format(cache), q.device, batch_invariant)
+    tokens = q.shape[0] * q.shape[1]
+    plan = sparse_plan(q.shape[2], layout.cache_format(cache), q.device, batch_invariant, tokens=tokens)
     with torch.cuda.device(q.device):  # kernels are launched on the current one
         sparse_decode.mla_sparse_decode(q, cache, indices, plan=plan, **options)
 

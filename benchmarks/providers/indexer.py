@@ -70,6 +70,22 @@ class FusedMLA(IndexerProvider):
         return lambda: self._indexer.index_logits_ragged(*ragged, max_len=case.kv, clean=False, out=out)
 
 
+class PortableTopk(FusedMLA):
+    """This project's Triton top-k, also where another kernel is preferred."""
+
+    name = "fusedmla-portable"
+    kinds = ("topk",)
+
+    def prepare(self, x: IndexerInputs) -> Callable[[], torch.Tensor]:
+        assert isinstance(x, TopkInputs)
+        case, device, logits = x.case, x.lengths.device, x.logits
+        out = torch.empty(case.rows, case.topk, dtype=torch.int32, device=device)
+        workspace = self._topk.topk_workspace(case.rows, device)
+        parts = self._topk.programs_per_row(case.rows, case.kv, device)
+        options = {"out": out, "workspace": workspace, "parts": parts}
+        return lambda: self._topk.topk_indices(logits, x.lengths, case.topk, **options)
+
+
 class DeepGemm(IndexerProvider):
     """DeepGEMM's fp8_paged_mqa_logits and fp8_mqa_logits through vLLM, which compiles them when first called."""
 
@@ -216,6 +232,7 @@ ALL: dict[str, type[IndexerProvider]] = {
     provider.name: provider
     for provider in (
         FusedMLA,
+        PortableTopk,
         DeepGemm,
         VllmCooperativeTopk,
         VllmPersistentTopk,

@@ -36,7 +36,8 @@ class SparseFusedMLA(Provider):
 
     def plan_for(self, x: Inputs) -> "SparsePlan":
         """The kernel and launch shape for a case: what a server would get."""
-        return self._plan.sparse_plan(x.case.h_q, x.dtype, x.q.device, prefill=x.case.prefill)
+        tokens = x.q.shape[:-2].numel()
+        return self._plan.sparse_plan(x.case.h_q, x.dtype, x.q.device, prefill=x.case.prefill, tokens=tokens)
 
     def lists(self, x: Inputs) -> tuple[torch.Tensor, dict[str, Any]]:
         """Lists of keys, and the arguments that say what their entries mean."""

@@ -6,6 +6,7 @@ What is here is pure Python; `decode`, `sparse` and `launch` need a CUDA build o
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from . import variants
 from .variants import VARIANTS
 
 CUBINS = Path(__file__).parent / "cubin"
+_LIST_PARTS = (16, 12, 10, 8, 7, 6, 5, 4, 3, 2)
+"""Numbers of CTAs to be considered that share a list: sizes of a cluster."""
 MAX_PROGRAMS = 160
 """Most programs for a block of query rows, and so most pieces of a request: kMaxPieces in splitkv.cuh."""
 
@@ -56,9 +59,13 @@ def loads(config: Any, cache_format: str, rows: int, device: Any) -> bool:
 
     Where it does not (it may be older than the compiler), a warning says so once, and nothing is `available` any more.
     """
+    return available() and loads_kernel(variant_of(config, cache_format, rows), device)
+
+
+def loads_kernel(name: str, device: Any) -> bool:
+    """The same for a kernel by its name."""
     if not available():
         return False
-    name = variant_of(config, cache_format, rows)
     try:
         from .launch import load  # here, for it needs the driver's interface
 
@@ -76,6 +83,8 @@ def variant_of(config: Any, cache_format: str, rows: int) -> str:
         return variants.swapab_name(cache_format, config.block_h)
     if config.kernel == "twowg_rows":
         return variants.ROWS_NAME
+    if config.kernel == "swapab_gather":
+        return variants.listed_name(cache_format, config.block_h)
     if config.kernel == "twowg_gather":
         return variants.gather_name(cache_format)
     return variants.twowg_name("e4m3" if config.kernel == "twowg_e4m3" else cache_format, cluster(config, rows))
@@ -95,3 +104,21 @@ def cluster(config: Any, rows: int) -> int:
 def max_slots(params: ScheduleParams, b: int) -> int:
     """Most partial results: see slot_of in work.cuh."""
     return b * params.max_splits if params.batch_invariant else 2 * params.num_programs
+
+
+def list_parts(tokens: int, topk: int, params: ScheduleParams, fits: Callable[[int], int]) -> int:
+    """How many CTAs of the swap-AB kernel, a cluster, share a list: as many as run at once, each with two tiles.
+
+    In batch-invariant mode it depends on `topk` alone, otherwise on the number of tokens too.
+
+    Args:
+        tokens, topk: lists and entries of each.
+        params: of the plan.
+        fits: how many clusters of a size run at once.
+    """
+    tiles = -(-topk // params.block_n)
+    most = max(-(-tiles // 2), 1)
+    if params.batch_invariant:
+        return min(most, params.max_splits)
+    largest = next((size for size in _LIST_PARTS if size <= most and fits(size) >= tokens), 1)
+    return -(-tiles // -(-tiles // largest))  # fewer with as many tiles each

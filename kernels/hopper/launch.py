@@ -10,7 +10,6 @@ from cuda.bindings import driver
 
 from . import CUBINS, DriverError
 from .counters import CounterPool
-from .params import Params
 from .variants import VARIANTS
 
 _RELAXED = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
@@ -43,6 +42,8 @@ def _load(name: str, device: int) -> object:
     kernel = check(driver.cuLibraryGetKernel(library, name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     check(driver.cuKernelSetAttribute(attribute, _SHARED_BYTES, kernel, driver.CUdevice(device)))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+    check(driver.cuKernelSetAttribute(attribute, 1, kernel, driver.CUdevice(device)))  # up to 16, not 8
     check(driver.cuKernelGetFunction(kernel))  # into the device's memory now, not in the first launch
     return driver.CUfunction(int(kernel))
 
@@ -80,30 +81,58 @@ def _capture_id(stream: int) -> int | None:
     return int(number) if error == driver.CUresult.CUDA_SUCCESS else None
 
 
-def launch(name: str, params: Params, grid: tuple[int, int], cluster: int = 1) -> None:
-    """Launch a kernel on torch's current stream; it may start while the kernel before it ends (and waits for it)."""
-    function = _kernel(name, torch.cuda.current_device())
+def _shape(name: str, grid: tuple[int, int]) -> Any:
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = VARIANTS[name].threads, 1, 1
     config.sharedMemBytes = _SHARED_BYTES
+    return config
+
+
+def _cluster(size: int) -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = size, 1, 1
+    return attribute
+
+
+@cache
+def most_clusters(name: str, size: int, device: int) -> int:
+    """How many clusters of that many CTAs of a kernel a device runs at once; 0 if none of that size."""
+    config, attributes = _shape(name, (size, 1)), [_cluster(size)]
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    error, count = driver.cuOccupancyMaxActiveClusters(_kernel(name, device), config)
+    return 0 if error == driver.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE else check((error, count))
+
+
+def launch(
+    name: str, params: ctypes.Structure, grid: tuple[int, int], cluster: int = 1, *, together: bool = True
+) -> None:
+    """Launch a kernel on torch's current stream; it may start while the kernel before it ends (and waits for it).
+
+    Args:
+        name: of the kernel.
+        params: its parameter.
+        grid: blocks, and clusters of the first dimension's.
+        cluster: blocks of a cluster.
+        together: without clusters, whether the blocks wait for each other.
+    """
+    function = _kernel(name, torch.cuda.current_device())
+    config = _shape(name, grid)
     config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
     overlap = driver.CUlaunchAttribute()
     overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     overlap.value.programmaticStreamSerializationAllowed = 1
     attributes = [overlap]
-    if cluster == 1:
+    if cluster == 1 and together:
         # Programs wait for each other's partial results, so all of a grid must run together, also beside another
         # stream's: the driver sees to it, or refuses. With clusters that was not tried.
-        together = driver.CUlaunchAttribute()
-        together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        together.value.cooperative = 1
-        attributes.append(together)
-    else:
-        shape = driver.CUlaunchAttribute()
-        shape.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        shape.value.clusterDim.x, shape.value.clusterDim.y, shape.value.clusterDim.z = cluster, 1, 1
-        attributes.append(shape)
+        cooperative = driver.CUlaunchAttribute()
+        cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        cooperative.value.cooperative = 1
+        attributes.append(cooperative)
+    elif cluster > 1:
+        attributes.append(_cluster(cluster))
     config.attrs, config.numAttrs = attributes, len(attributes)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
     check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0))

@@ -5,8 +5,12 @@ import torch
 
 from .. import layout
 from ..sparse_plan import SparsePlan
-from . import launch, row_blocks, variant_of
+from . import launch, list_parts, row_blocks, variant_of
 from .decode import launch_params
+
+_SHORT_READ = 256 << 20
+"""Bytes of rows up to which L2 should rather keep what it holds, where each is read once: not in prefill, whose caches
+come as pages of one row. Longer reads would lose by it."""
 
 
 def list_lengths(topk_length: torch.Tensor | None, b: int, s_q: int, topk: int) -> torch.Tensor | int:
@@ -48,6 +52,15 @@ def sparse_decode(
     elif p.page_stride == page_size * layout.row_bytes(layout.cache_format(cache)):
         p.num_pages, p.page_size = pages * page_size, 0  # slots are rows
     p.k_scale_value = 1.0
-    grid = row_blocks(plan.config, h_q), plan.params.num_programs
-    launch.launch(variant_of(plan.config, layout.cache_format(cache), h_q), p, grid)
+    name = variant_of(plan.config, layout.cache_format(cache), h_q)
+    grid, cluster = (row_blocks(plan.config, h_q), plan.params.num_programs), 1
+    if plan.config.kernel == "swapab_gather":
+        p.schedule.length = topk = indices.shape[1]
+        blocks = row_blocks(plan.config, h_q)
+        read = tokens * topk * layout.row_bytes(layout.cache_format(cache))
+        p.schedule.fixed_tiles = s_q == blocks == 1 and page_size > 1 and read < _SHORT_READ
+        device = torch.cuda.current_device()
+        cluster = list_parts(tokens * blocks, topk, plan.params, lambda size: launch.most_clusters(name, size, device))
+        grid = (cluster * tokens if cluster > 1 else min(tokens, plan.params.num_programs)), blocks
+    launch.launch(name, p, grid, cluster, together=plan.config.kernel != "swapab_gather")
     del arrivals, indices, q_nope, q_rope  # alive until the launch

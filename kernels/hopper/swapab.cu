@@ -11,21 +11,36 @@
 // transposed ones too, so the tile is neither written a second time nor multiplied by its scale: `k_scale`, or the four
 // scales of an fp8_ds_mla token, are applied to the scores and to the weights.
 //
-// The grid is row blocks x programs. Compiled once for each format and number of rows: FUSEDMLA_FORMAT, FUSEDMLA_TYPE, FUSEDMLA_ROWS, FUSEDMLA_ENTRY.
+// Where keys are listed (sparse attention, FUSEDMLA_GATHER=1) four warps gather rows, every operand from a cache goes
+// through registers, and a cluster shares a list: swapab_listed.cuh, swapab_gather.cuh, swapab_cluster.cuh. Otherwise
+// the grid is row blocks x programs.
+//
+// Compiled once for each format and number of rows: FUSEDMLA_FORMAT, FUSEDMLA_TYPE, FUSEDMLA_ROWS, FUSEDMLA_ENTRY.
+
+#include <type_traits>
 
 #include "swapab_query.cuh"
 #include "swapab_tile.cuh"
+
+#ifndef FUSEDMLA_GATHER
+#define FUSEDMLA_GATHER 0
+#endif
 
 namespace {
 
 constexpr Format FORMAT = Format::FUSEDMLA_FORMAT;
 using Element = FUSEDMLA_TYPE;  // of a 16-bit cache; fp16 otherwise
 constexpr int N = FUSEDMLA_ROWS;
-using Layout = Plan<FORMAT, N>;
+constexpr bool kGather = FUSEDMLA_GATHER;
+using Layout = std::conditional_t<kGather, ListedPlan<FORMAT, N>, Plan<FORMAT, N>>;
 
 }  // namespace
 
-#include "swapab_store.cuh"
+#if FUSEDMLA_GATHER
+#include "swapab_cluster.cuh"
+#else
+#include "swapab_staged.cuh"
+#endif
 
 namespace {
 
@@ -35,70 +50,59 @@ struct State {
     float total[kColumns];  // this lane's share of the sum of weights
 };
 
-struct Scales {  // of the lane's two tokens, fp8_ds_mla: base-2 logarithms and the larger end of them
-    float log2[2][4];
-    float most[2];
+struct Scales {  // of the lane's two tokens, fp8_ds_mla, and the largest one's base-2 logarithm
+    float scale[2][4];
+    float log2_most[2];
 };
 
 // Scores of the lane's two tokens in base 2, from the tile and the query.
-__device__ inline void score_tile(const Params& p, const Shared& shared, int stage, Scales& scales, float (&s)[N / 2]) {
-    const uint32_t tile = shared.tile(stage), query = shared.address + Layout::kQuery;
+__device__ inline void score_tile(const Params& p, const Shared& shared, Place place, Scales& scales,
+                                  float (&s)[N / 2]) {
+    const auto tile = shared.tile(place);
+    const uint32_t query = shared.address + Layout::kQuery;
     if constexpr (FORMAT == Format::kSixteenBit) {
         scores_16bit<Element, N>(s, tile, query);
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) s[i] *= p.scale_log2;
     } else if constexpr (FORMAT == Format::kFp8) {
         scores_8bit<N, 0, 16, false>(s, tile, query, false);
-        scores_8bit<N, 0, 2, true>(s, tile + Layout::kRopeOffset, query, true);
+        scores_rope_8bit(s, tile, query);
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) s[i] *= shared.row_scale()[column_of(i / 4 * 2 + i % 2)];
     } else {
         const int token = threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
-        const uint8_t* all = shared.base + stage * Layout::kStageBytes + Layout::kScalesOffset;
-        float scale[2][4];
+        auto& scale = scales.scale;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float4 four = *reinterpret_cast<const float4*>(all + (token + 8 * half) * 16);
+            const float4 four = scales_of(shared, place, token + 8 * half);
             scale[half][0] = four.x, scale[half][1] = four.y, scale[half][2] = four.z, scale[half][3] = four.w;
-            scales.most[half] = -60.f;  // finite even if all scales are 0
-#pragma unroll
-            for (int group = 0; group < 4; ++group) {
-                scales.log2[half][group] = log2_approx(scale[half][group]);
-                scales.most[half] = fmaxf(scales.most[half], scales.log2[half][group]);
-            }
+            const float most = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
+            scales.log2_most[half] = fmaxf(log2_approx(most), -60.f);  // finite even if all scales are 0
         }
         float sum[N / 2] = {};
         const auto add = [&](int group) {
 #pragma unroll
             for (int i = 0; i < N / 2; ++i) sum[i] += s[i] * scale[i / 2 % 2][group];
         };
-        scores_8bit<N, 0, 4, false>(s, tile, query, false), add(0);
-        scores_8bit<N, 128, 4, false>(s, tile, query, false), add(1);
-        scores_8bit<N, 256, 4, false>(s, tile, query, false), add(2);
-        scores_8bit<N, 384, 4, false>(s, tile, query, false), add(3);
-        const uint64_t k = descriptor_128b(tile + Layout::kRopeOffset), q = descriptor_128b(query + 8 * N * 128);
-        keep_in_order(s);
-        wgmma_fence();
+        if constexpr (kGather && N < 24) {  // more would not fit the registers
+            scores_rope<false>(s, tile, query);
+            scores_in_groups<N>(tile, query, [&](int group, const float (&part)[N / 2]) {
 #pragma unroll
-        for (int step = 0; step < 4; ++step) Wgmma<bf16, N>::template shared<false>(s, k + step * 2, q + step * 2, step > 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-        keep_in_order(s);
+                for (int i = 0; i < N / 2; ++i) sum[i] += part[i] * scale[i / 2 % 2][group];
+            });
+            keep_in_order(s);
+        } else {
+            scores_8bit<N, 0, 4, false>(s, tile, query, false), add(0);
+            scores_8bit<N, 128, 4, false>(s, tile, query, false), add(1);
+            scores_8bit<N, 256, 4, false>(s, tile, query, false), add(2);
+            scores_8bit<N, 384, 4, false>(s, tile, query, false), add(3);
+            scores_rope<true>(s, tile, query);
+        }
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) {
             const float latent = sum[i] * shared.row_scale()[column_of(i / 4 * 2 + i % 2)];
             s[i] = latent + s[i] * p.scale_log2;
         }
-    }
-}
-
-__device__ void mask_tile(const Params& p, int first_token, int seq_len, float (&s)[N / 2]) {
-    const int token = first_token + threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-        const int row = first_row_of_block() + column_of(i / 4 * 2 + i % 2);
-        const int limit = p.causal ? seq_len - p.s_q + 1 + divide(row, p.h_q) : seq_len;
-        if (token + i / 2 % 2 * 8 >= limit) s[i] = -INFINITY;
     }
 }
 
@@ -120,23 +124,22 @@ __device__ inline float max_over_tokens(float x) {  // of a warp: lanes with the
 }
 
 // One tile: scores, online softmax, results.
-__device__ void attend_tile(const Params& p, const Shared& shared, int stage, int tile, const Item& item,
+__device__ void attend_tile(const Params& p, const Shared& shared, Place place, int tile, const Item& item,
                             State& state) {
     const int thread = threadIdx.x % kWarpgroup, warpgroup = threadIdx.x / kWarpgroup, warp = thread / kWarp;
     const int barrier = kFirstWarpgroup + warpgroup;
-    const int tokens = item.seq_len - tile * kTile;
-    if (tokens < kTile) clear_rows_from(shared.base + stage * Layout::kStageBytes, tokens, thread);
+    if (!prepare_tile(shared, place, tile, item)) return;
 
     float s[N / 2];
     Scales scales;
-    score_tile(p, shared, stage, scales, s);
-    if (tokens - (p.causal ? p.s_q - 1 : 0) < kTile) mask_tile(p, tile * kTile, item.seq_len, s);
+    score_tile(p, shared, place, scales, s);
+    mask_tile(p, shared, place, tile, item, s);
 
     float* exchange = shared.exchange() + warpgroup * 4 * N;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
         float low = s[c / 2 * 4 + c % 2], high = s[c / 2 * 4 + 2 + c % 2];
-        if constexpr (FORMAT == Format::kFp8DsMla) low += scales.most[0], high += scales.most[1];
+        if constexpr (FORMAT == Format::kFp8DsMla) low += scales.log2_most[0], high += scales.log2_most[1];
         const float most = max_over_tokens(fmaxf(low, high));
         if (thread % kWarp < 4) exchange[warp * N + column_of(c)] = most;
     }
@@ -155,26 +158,20 @@ __device__ void attend_tile(const Params& p, const Shared& shared, int stage, in
     }
     const uint32_t weights =
         shared.address + Layout::kWeights + warpgroup * Layout::kWeightVersions * Layout::kWeightBytes;
-    if constexpr (FORMAT == Format::kFp8DsMla) {
-        float w[N / 2];
 #pragma unroll
-        for (int i = 0; i < N / 2; ++i) {
-            s[i] -= state.top[i / 4 * 2 + i % 2];
-            state.total[i / 4 * 2 + i % 2] += exp2_approx(s[i]);
-        }
+    for (int i = 0; i < N / 2; ++i) {
+        s[i] = exp2_approx(s[i] - state.top[i / 4 * 2 + i % 2]);
+        state.total[i / 4 * 2 + i % 2] += s[i];
+    }
+    if constexpr (FORMAT == Format::kFp8DsMla) {  // a scale of a token that is not there may be anything
+        float w[N / 2];
 #pragma unroll
         for (int group = 0; group < 4; ++group) {
 #pragma unroll
-            for (int i = 0; i < N / 2; ++i)
-                w[i] = s[i] == -INFINITY ? 0.f : exp2_approx(s[i] + scales.log2[i / 2 % 2][group]);
+            for (int i = 0; i < N / 2; ++i) w[i] = s[i] == 0.f ? 0.f : s[i] * scales.scale[i / 2 % 2][group];
             put_weights(weights + group * Layout::kWeightBytes, w);
         }
     } else {
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) {
-            s[i] = exp2_approx(s[i] - state.top[i / 4 * 2 + i % 2]);
-            state.total[i / 4 * 2 + i % 2] += s[i];
-        }
         put_weights(weights, s);
     }
     fence_proxy_async();
@@ -186,9 +183,9 @@ __device__ void attend_tile(const Params& p, const Shared& shared, int stage, in
     }
     named_barrier_sync(barrier, kWarpgroup);
     if constexpr (FORMAT == Format::kSixteenBit)
-        accumulate_16bit<Element, N>(state.o, shared.tile(stage), weights);
+        accumulate_16bit<Element, N>(state.o, shared.tile(place), weights);
     else
-        accumulate_8bit<N, 8, Layout::kWeightVersions == 4 ? Layout::kWeightBytes : 0>(state.o, shared.tile(stage), weights);
+        accumulate_8bit<N, 8, Layout::kWeightVersions == 4 ? Layout::kWeightBytes : 0>(state.o, shared.tile(place), weights);
 }
 
 // Joins the two warpgroups' states and writes the result, or the partial result of a split request. Each warpgroup gives
@@ -221,14 +218,7 @@ __device__ void finish_item(const Params& p, const Shared& shared, const Item& i
             total += sums[w * N + n] * factors[0] + (alone ? 0.f : sums[(4 + w) * N + n] * factors[1]);
         const float norm = total > 0.f ? scale / total : 0.f;
         tops[n] = factors[0] * norm, tops[N + n] = factors[1] * norm;
-        const int rows = p.s_q * p.h_q, row = first_row_of_block() + n;
-        if (row < rows) {
-            const float log_sum = total > 0.f ? top + log2_approx(total) : -INFINITY;
-            if (item.slot < 0)
-                p.lse[int64_t(item.request) * rows + row] = log_sum * 0.6931471805599453f;
-            else
-                __stcg(p.partial_lse + int64_t(item.slot) * rows + row, log_sum);
-        }
+        store_log_sum(p, shared, item, n, total > 0.f ? top + log2_approx(total) : -INFINITY);
     }
     named_barrier_sync(barrier, threads);
     float factor[kColumns];
@@ -273,14 +263,11 @@ __device__ void finish_item(const Params& p, const Shared& shared, const Item& i
         }
         named_barrier_sync(kAllConsumers, kConsumers);
     }
-    if (item.slot < 0)
-        store_whole(p, shared, item.request, first_row_of_block(), kept);
-    else
-        store_partial(p, item.slot, first_row_of_block(), kept);
+    store_results(p, shared, item, kept);
     named_barrier_sync(kAllConsumers, kConsumers);
 }
 
-__device__ void attend(const Params& p, const Shared& shared, Ring<Layout::kStages>& ring, const Item& item) {
+__device__ void attend(const Params& p, const Shared& shared, TileRing& ring, const Item& item) {
     const int warpgroup = threadIdx.x / kWarpgroup;
     named_barrier_sync(kAllConsumers, kConsumers);  // the other warpgroup may still be at the last item
     if constexpr (FORMAT == Format::kSixteenBit)
@@ -300,15 +287,21 @@ __device__ void attend(const Params& p, const Shared& shared, Ring<Layout::kStag
     named_barrier_sync(kAllConsumers, kConsumers);
     for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
         if ((tile - item.tile_begin) % 2 == warpgroup) {
-            mbarrier_wait(shared.full(ring.stage()), ring.phase());
-            attend_tile(p, shared, ring.stage(), tile, item, state);
-            mbarrier_arrive(shared.empty(ring.stage()));
+            wait_for_tile(shared, ring);
+            attend_tile(p, shared, place_of(ring), tile, item, state);
+            release_tile(shared, ring);
         }
         ring.advance();
     }
-    finish_item(p, shared, item, FORMAT == Format::kSixteenBit ? 1.f : k_scale_of(p), state);
+    const float scale = FORMAT == Format::kSixteenBit ? 1.f : k_scale_of(p);
+    if (!merge_in_cluster(p, shared, item, scale, state.o, state.top, state.total))
+        finish_item(p, shared, item, scale, state);
 }
 
 }  // namespace
 
+#if FUSEDMLA_GATHER
+#include "swapab_listed_kernel.cuh"
+#else
 #include "swapab_kernel.cuh"
+#endif

@@ -12,15 +12,10 @@ constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kBlock = kGroup * 128;  // bytes of 8 tokens x 128 bytes: what a swizzle permutes
 
+// What both ways of getting tiles have in common.
 template <Format FORMAT, int N>
-struct Plan {
-    // A tile: 8 groups of 8 tokens; of a group, blocks of 128 bytes of each token.
+struct Operands {
     static constexpr int kRowBytes = FORMAT == Format::kSixteenBit ? 1152 : FORMAT == Format::kFp8 ? 576 : 656;
-    static constexpr int kBlocks = FORMAT == Format::kSixteenBit ? 9 : 4;
-    static constexpr int kGroupBytes = kBlocks * kBlock;
-    static constexpr int kRopeOffset = 8 * kGroupBytes;  // of 8-bit formats: 64 tokens of 64 bytes, or 128 (fp8_ds_mla)
-    static constexpr int kScalesOffset = kRopeOffset + kTile * 128;  // fp8_ds_mla: 64 tokens of 16 bytes
-    static constexpr int kStageBytes = kTile * kRowBytes;
     // The query: N rows in nine blocks of 64 elements. Reused to turn the result around.
     static constexpr int kQueryBlock = N * 128;
     static constexpr int kQueryBytes = 9 * kQueryBlock;
@@ -28,10 +23,25 @@ struct Plan {
     // Weights: N rows of 64 tokens for each warpgroup, one version for each scale group of a token.
     static constexpr int kWeightVersions = FORMAT == Format::kFp8DsMla ? 4 : 1;
     static constexpr int kWeightBytes = N * 128;
+    static constexpr int kExchangeFloats = 2 * 4 * N + 2 * N + N;  // per warp and column, per warpgroup and column, row scales
+    static_assert(2 * N * kResultPitch <= kQueryBytes && 2 * 2 * N * 64 * 4 <= kQueryBytes);  // results, parcels
+    static_assert(merge_scratch(kConsumers, N) * 4 <= kQueryBytes);
+    static_assert(kQueryBlock % 1024 == 0);
+};
+
+template <Format FORMAT, int N>
+struct Plan : Operands<FORMAT, N> {
+    using Base = Operands<FORMAT, N>;
+    using Base::kExchangeFloats, Base::kQueryBytes, Base::kRowBytes, Base::kWeightBytes, Base::kWeightVersions;
+    // A tile: 8 groups of 8 tokens; of a group, blocks of 128 bytes of each token.
+    static constexpr int kBlocks = FORMAT == Format::kSixteenBit ? 9 : 4;
+    static constexpr int kGroupBytes = kBlocks * kBlock;
+    static constexpr int kRopeOffset = 8 * kGroupBytes;  // of 8-bit formats: 64 tokens of 64 bytes, or 128 (fp8_ds_mla)
+    static constexpr int kScalesOffset = kRopeOffset + kTile * 128;  // fp8_ds_mla: 64 tokens of 16 bytes
+    static constexpr int kStageBytes = kTile * kRowBytes;
     static constexpr int kReleases = kWarpgroup;  // threads that release a stage
     static constexpr int kItems = 4;  // handed to the computing warps ahead of time
     static constexpr int kItemBytes = 48;
-    static constexpr int kExchangeFloats = 2 * 4 * N + 2 * N + N;  // per warp and column, per warpgroup and column, row scales
     static constexpr int kFixedBytes =
         kQueryBytes + 2 * kWeightVersions * kWeightBytes + kExchangeFloats * 4 + 512 /* barriers, items */;
     static constexpr int kStages = (kSharedLimit - kFixedBytes) / kStageBytes < 6
@@ -46,7 +56,38 @@ struct Plan {
     static constexpr int kItemQueue = kBarriers + 16 * (kStages + kItems);
     static constexpr int kBytes = kItemQueue + kItems * kItemBytes;
     static_assert(kStages >= 2 && kBytes <= kSharedLimit);
-    static_assert(2 * N * kResultPitch <= kQueryBytes && 2 * 2 * N * 64 * 4 <= kQueryBytes);  // results, parcels
-    static_assert(merge_scratch(kConsumers, N) * 4 <= kQueryBytes);
-    static_assert(kStageBytes % 1024 == 0 && kQueryBlock % 1024 == 0);
+    static_assert(kStageBytes % 1024 == 0);
+};
+
+// Of listed keys. Rows lie as they do in memory, some padded so that eight of them are in different banks; they are
+// operands through registers only. The ring's slots hold what a copying warp brings of a tile.
+template <Format FORMAT, int N>
+struct ListedPlan : Operands<FORMAT, N> {
+    using Base = Operands<FORMAT, N>;
+    using Base::kExchangeFloats, Base::kQueryBytes, Base::kRowBytes, Base::kWeightBytes, Base::kWeightVersions;
+    static constexpr int kPitch = kRowBytes / 16 % 2 ? kRowBytes : kRowBytes + 16;
+    static constexpr int kCopiers = 4;  // warps
+    static constexpr int kSlotRows = kTile / kCopiers, kSlotBytes = kSlotRows * kPitch;
+    static constexpr int kMostSlots = 24;
+    static constexpr int kFixedBytes = kQueryBytes + 2 * kWeightVersions * kWeightBytes + kExchangeFloats * 4 +
+                                       24 * kMostSlots + 1023 /* barriers and such, alignment */;
+    static constexpr int kSlots = (kSharedLimit - kFixedBytes) / kSlotBytes < kMostSlots
+                                      ? (kSharedLimit - kFixedBytes) / kSlotBytes
+                                      : kMostSlots;
+
+    static constexpr int kQuery = (kSlots * kSlotBytes + 1023) / 1024 * 1024;
+    static constexpr int kWeights = kQuery + kQueryBytes;
+    static constexpr int kExchange = kWeights + 2 * kWeightVersions * kWeightBytes;
+    static constexpr int kRowScale = kExchange + 10 * N * 4;
+    static constexpr int kBarriers = kExchange + kExchangeFloats * 4;
+    static constexpr int kValid = kBarriers + 16 * kSlots;  // for each slot, which of its rows are there
+    static constexpr int kBytes = kValid + 4 * kSlots;
+    // Results of a cluster's CTAs, brought together in the ring when it is empty: see swapab_cluster.cuh.
+    static constexpr int kMostRanks = 16;
+    static constexpr int kColumnSets = kLatent / 16, kSetBytes = N * 16 * 4;
+    static constexpr int kPartialLse = (kColumnSets + kMostRanks) * kSetBytes;
+    static constexpr int kParcels = kPartialLse + kMostRanks * N * 4;  // of the warpgroups
+    static_assert(kParcels + 2 * kColumnSets * kSetBytes / (N > 16 ? 2 : 1) <= kSlots * kSlotBytes);
+    static_assert(kMostRanks * N * 4 + kColumnSets * 4 <= kQueryBytes);
+    static_assert(kSlots >= 8 && kBytes <= kSharedLimit && kSlotBytes % 16 == 0 && kRowBytes % 16 == 0);
 };

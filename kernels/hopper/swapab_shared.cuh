@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Names for what lies in shared memory, and what the copying warp and the computing warps say to each other there.
+// Names for what lies in shared memory, and whose part of a tile a lane has.
 // Included by a kernel after it has defined FORMAT, Element, N and Layout.
 #pragma once
 
@@ -15,26 +15,11 @@ constexpr bool kElementIsFp16 = is_fp16<Element>;
 constexpr int kColumns = N / 4;  // query rows that a lane holds scores of
 constexpr int kAllConsumers = 1, kFirstWarpgroup = 2;  // named barriers
 
-// What the copying warp hands to the computing ones.
-enum class Step { kAttend, kMerge, kEnd };
-struct alignas(16) Task {
-    Item item;
-    Step step;
-    unsigned number;  // of tasks before it
-};
-static_assert(sizeof(Task) == Layout::kItemBytes);
-
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-struct Shared {  // names for the places of Layout; holds nothing
+struct SharedOperands {  // names for the places of Layout; holds nothing
     uint8_t* const base = shared_memory;
     const uint32_t address = smem_address(shared_memory);
-    __device__ uint32_t tile(int stage) const { return address + stage * Layout::kStageBytes; }
-    __device__ uint32_t full(int stage) const { return address + Layout::kBarriers + stage * 8; }
-    __device__ uint32_t empty(int stage) const { return full(stage + Layout::kStages); }
-    __device__ uint32_t item_full(int i) const { return full(2 * Layout::kStages + i); }
-    __device__ uint32_t item_empty(int i) const { return item_full(i + Layout::kItems); }
-    __device__ Task* item(int i) const { return reinterpret_cast<Task*>(base + Layout::kItemQueue) + i; }
     __device__ float* exchange() const { return reinterpret_cast<float*>(base + Layout::kExchange); }
     __device__ float* row_scale() const { return reinterpret_cast<float*>(base + Layout::kRowScale); }
     __device__ float* scratch() const { return reinterpret_cast<float*>(base + Layout::kQuery); }
@@ -60,22 +45,14 @@ __device__ inline float k_scale_of(const Params& p) {
 // Read anew where it is needed: registers are scarce.
 __device__ inline int first_row_of_block() {
     int block;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    if constexpr (kGather)  // clusters go along x
+        asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(block));
+    else
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
     return block * N;
 }
 
 // The query row (within the block) of a lane's i-th score of a token.
 __device__ inline int column_of(int i) { return i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2; }
-
-// Rows past the end of a request hold whatever the page holds, or nothing was copied: with weight 0, but 0 x NaN is NaN.
-__device__ void clear_rows_from(uint8_t* tile, int first, int thread) {
-    constexpr int kUnits = FORMAT == Format::kSixteenBit ? 64 : 32;  // of 16 bytes in the latent part of a row
-    for (int i = thread; i < (kTile - first) * kUnits; i += kWarpgroup) {
-        const int row = first + i / kUnits, unit = i % kUnits;
-        uint8_t* at = tile + row / kGroup * Layout::kGroupBytes + unit / 8 * kBlock + row % kGroup * 128 + unit % 8 * 16;
-        *reinterpret_cast<uint4*>(at) = {0, 0, 0, 0};
-    }
-    fence_proxy_async();
-}
 
 }  // namespace

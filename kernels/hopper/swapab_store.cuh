@@ -18,7 +18,7 @@ struct Columns {
 };
 
 // A warpgroup's half of the columns of a whole request, through shared memory so that 16 bytes are stored at a time.
-__device__ inline void store_whole(const Params& p, const Shared& shared, int request, int row0,
+__device__ inline void store_whole(const Params& p, const SharedOperands& shared, int request, int row0,
                                    const float (&o)[4][N / 2]) {
     const int thread = threadIdx.x % kWarpgroup, warpgroup = threadIdx.x / kWarpgroup;
     uint8_t* result = shared.base + Layout::kQuery + warpgroup * N * Layout::kResultPitch;

@@ -63,8 +63,8 @@ constexpr int kFragmentBatch = N < 32 ? 2 : 1;  // 32 rows leave fewer registers
 
 // Scores over PAIRS x 32 elements from byte FIRST of the latent part on, or over the 64-byte rope part
 // from its 16-byte unit `first_unit` on.
-template <int N, int FIRST, int PAIRS, bool ROPE>
-__device__ inline void scores_8bit(float (&s)[N / 2], uint32_t tile, uint32_t query, bool accumulate,
+template <int N, int FIRST, int PAIRS, bool ROPE, typename Tile>
+__device__ inline void scores_8bit(float (&s)[N / 2], const Tile& tile, uint32_t query, bool accumulate,
                                    int first_unit = 0) {
     constexpr int kBatch = kFragmentBatch<N>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
@@ -102,10 +102,48 @@ __device__ inline void scores_8bit(float (&s)[N / 2], uint32_t tile, uint32_t qu
     keep_in_order(s);
 }
 
+// Scores over the four groups of 128 elements that have scales of their own, add(group, scores) for each: one's are
+// added while the next one's are made.
+template <int N, typename Tile, typename Add>
+__device__ inline void scores_in_groups(const Tile& tile, uint32_t query, const Add& add) {
+    constexpr int kBatch = kFragmentBatch<N>, kBatches = 16 / kBatch, kOfGroup = 4 / kBatch;
+    const int lane = threadIdx.x % kWarp, token = threadIdx.x / kWarp % 4 * 16 + lane % 16, half = lane / 16;
+    const auto load = [&](uint32_t (&raw)[kBatch][4], int batch) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) ldmatrix_x4(raw[i], latent_unit(tile, token, (batch * kBatch + i) * 2 + half));
+    };
+    uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
+    float s[2][N / 2];
+    load(raw[0], 0);
+#pragma unroll
+    for (int batch = 0; batch < kBatches; ++batch) {
+        if (batch + 1 < kBatches) load(raw[(batch + 1) % 2], batch + 1);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) widen_steps(raw[batch % 2][i], wide[batch % 2][i]);
+        const int group = batch / kOfGroup;
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 2 * kBatch; ++step) {
+            const int k = batch * 32 * kBatch + step * 16;
+            const uint64_t q = descriptor_128b(query + k / 64 * N * 128) + k % 64 / 8;
+            Wgmma<fp16, N>::registers(s[group % 2], wide[batch % 2][step / 2][step % 2], q, k % 128 > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (group > 0 && batch % kOfGroup == 0) {
+            keep_in_order(s[(group - 1) % 2]);
+            add(group - 1, s[(group - 1) % 2]);
+        }
+    }
+    wgmma_wait<0>();
+    keep_in_order(s[1]);
+    add(3, s[1]);
+}
+
 // O^T += V^T P^T over BLOCKS x 64 columns. Bytes are loaded as pairs of columns and transposed as such: the even columns of a warp's 16 become its
 // rows g, the odd ones its rows g + 8. Weights version `block / 2 * VERSION_BYTES` belongs to a scale group.
-template <int N, int BLOCKS, int VERSION_BYTES>
-__device__ inline void accumulate_8bit(float (&o)[BLOCKS][N / 2], uint32_t tile, uint32_t weights) {
+template <int N, int BLOCKS, int VERSION_BYTES, typename Tile>
+__device__ inline void accumulate_8bit(float (&o)[BLOCKS][N / 2], const Tile& tile, uint32_t weights) {
     constexpr int kBatch = kFragmentBatch<N>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
     const auto load = [&](uint32_t (&raw)[kBatch][4], int batch) {

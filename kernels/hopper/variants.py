@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which CUDA kernels there are, one cubin for each entry. Pure Python: the build needs neither torch nor Triton."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SWAPAB_ROWS = (8, 16, 24, 32)
 """Query rows that a block of the swap-AB kernel may hold: wgmma's N."""
@@ -80,11 +80,28 @@ def gather_name(cache_format: str) -> str:
     return f"twowg_gather_{cache_format}"
 
 
+def listed_heads(cache_format: str) -> tuple[int, ...]:
+    """How many heads a block of the swap-AB kernel for listed keys may hold."""
+    return swapab_rows(cache_format)
+
+
+def listed_name(cache_format: str, heads: int) -> str:
+    return f"swapab_gather_{cache_format}_n{heads}"
+
+
+def _listed(cache_format: str, heads: int) -> Variant:
+    variant, name = _swapab(cache_format, heads), listed_name(cache_format, heads)
+    return replace(variant, name=name, defines={**variant.defines, "FUSEDMLA_ENTRY": name, "FUSEDMLA_GATHER": "1"})
+
+
 def _twowg(name: str, operands: str, cluster: int = 1, gather: bool = False) -> Variant:
     defines = {"FUSEDMLA_TYPE": operands, "FUSEDMLA_CLUSTER": str(cluster), "FUSEDMLA_ENTRY": name}
     if gather:
         defines["FUSEDMLA_GATHER"] = "1"
     return Variant(name, "twowg.cu", defines, max_registers=128, threads=512)
+
+
+TOPK_NAME = "topk"
 
 
 VARIANTS = {
@@ -94,5 +111,7 @@ VARIANTS = {
         *(_twowg(twowg_name(name, n), operands, n) for name, operands in _TWOWG.items() for n in (1, 2)),
         _twowg(ROWS_NAME, "scaled"),
         *(_twowg(gather_name(name), operands, gather=True) for name, operands in _GATHER.items()),
+        *(_listed(form, heads) for form in _GATHER for heads in listed_heads(form)),
+        Variant(TOPK_NAME, "topk.cu", {"FUSEDMLA_ENTRY": TOPK_NAME}, max_registers=64, threads=1024),
     )
 }

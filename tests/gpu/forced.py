@@ -8,14 +8,14 @@ from problems import assert_matches, cosine_difference, make_problem, random_len
 
 from vllm_fusedmla.kernels import hopper
 from vllm_fusedmla.kernels.common import device_facts
-from vllm_fusedmla.kernels.hopper.variants import ROWS_NAME, VARIANTS
+from vllm_fusedmla.kernels.hopper.variants import ROWS_NAME, TOPK_NAME, VARIANTS
 from vllm_fusedmla.kernels.plan import make_plan
 from vllm_fusedmla.kernels.select import DecodeConfig, select_portable
 
 FORMATS = ("bf16", "fp16", "fp8", "fp8_ds_mla")
 PORTABLE = tuple(f"portable_{cache_format}" for cache_format in FORMATS)
 GATHER = tuple(name for name in VARIANTS if "gather" in name)  # of sparse attention: test_sparse_gpu.py
-KERNELS = (*(name for name in VARIANTS if name not in GATHER), *PORTABLE)
+KERNELS = (*(name for name in VARIANTS if name not in (*GATHER, TOPK_NAME)), *PORTABLE)
 PAGE_SIZES = (16, 32, 48, 64, 128, 256)
 
 

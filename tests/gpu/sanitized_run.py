@@ -4,6 +4,7 @@
 Of the portable kernels, or with the argument `hopper` of those compiled for compute capability 9.0.
 """
 
+import itertools
 import random
 import sys
 
@@ -44,14 +45,14 @@ def main(cases: list[tuple[str, int, int, int]]) -> None:
 
 def gather() -> None:
     """Listed keys on Hopper, at the end of a cache that ends where its memory does."""
-    config = DecodeConfig("twowg_gather", 64, 64, 12, 0, 1, 1, 1, "forced")
-    for cache_format in ("bf16", "fp8_ds_mla"):
-        for slots in (False, True):
+    for kernel, h_q, block in (("twowg_gather", 40, 64), ("swapab_gather", 12, 16), ("swapab_gather", 20, 24)):
+        config = DecodeConfig(kernel, block, 64, 12, 0, 1, 1, 1, "forced")
+        for cache_format, slots in itertools.product(("bf16", "fp8_ds_mla"), (False, True)):
             problem = make_sparse_problem(
-                [0, 1, 200, 700], h_q=40, s_q=2, topk=192, page_size=16, cache_format=cache_format, device="cuda",
+                [0, 1, 200, 700], h_q=h_q, s_q=2, topk=192, page_size=16, cache_format=cache_format, device="cuda",
                 slots=slots, lengths=slots,
             )  # fmt: skip
-            plan = make_sparse_plan(config, 40, device_facts(problem.q.device)[1], False)
+            plan = make_sparse_plan(config, h_q, device_facts(problem.q.device)[1], False)
             results = sparse_decode.mla_sparse_decode(*problem.arguments(), plan=plan, **problem.keywords())
             torch.cuda.synchronize()
             assert_matches(problem, *results)

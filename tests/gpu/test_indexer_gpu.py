@@ -20,8 +20,9 @@ from indexer_problems import (
 )
 from problems import random_lengths
 
-from vllm_fusedmla.kernels import indexer, indexer_layout, indexer_write, topk
+from vllm_fusedmla.kernels import hopper, indexer, indexer_layout, indexer_write, topk
 from vllm_fusedmla.kernels import indexer_reference as reference
+from vllm_fusedmla.kernels.hopper import topk as hopper_topk
 
 SOAK_SECONDS = float(os.environ.get("FUSEDMLA_SOAK_SECONDS", "20"))
 DEVICE = torch.device("cuda")
@@ -79,6 +80,56 @@ def test_topk_of_any_values_with_many_programs(kind):
         check_topk(x, lengths([60_000, 59_999, 3000]), 2048, parts=parts)
 
 
+needs_clusters = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or not hopper.available(),
+    reason="needs a Hopper GPU and its compiled kernels",
+)
+SHAPES = [(1, 131072), (3, 262144), (8, 131072), (17, 40_000), (33, 131072), (140, 9000)]
+
+
+@needs_clusters
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize(
+    ("rows", "n"), [(1, 131072), (3, 262144), (8, 131072), (17, 40_000), (33, 131072), (140, 9000)]
+)
+def test_topk_by_clusters(kind, rows, n):
+    """The CUDA kernel: few rows in many blocks, many in few; all of a row's best together; nearly equal values."""
+    x = make_values(kind, rows, n).cuda()
+    x[0, n // 2 : n // 2 + 2048] = torch.randn(2048).abs().cuda() + 100
+    ends = lengths([n] + [random.choice([random.randint(0, n), 0, -3, n + 7, 2048, 2049]) for _ in range(rows - 1)])
+    for k in (1, 512, 2048, 2304):
+        assert hopper_topk.takes(x, k)
+        check_topk(x, ends, k)
+    buffer = torch.full((rows + 2, 600), 77, dtype=torch.int32, device=DEVICE)
+    topk.topk_indices(x, ends, 512, out=buffer[1:-1, :512])
+    assert torch.equal(buffer[1:-1, :512], reference.topk_indices(x, ends, 512))
+    assert (buffer[:, 512:] == 77).all() and (buffer[0] == 77).all() and (buffer[-1] == 77).all()
+
+
+@needs_clusters
+@pytest.mark.parametrize("s_q", [2, 4])
+def test_topk_by_clusters_for_several_rows_a_request(s_q):
+    lens = [random.randint(0, 70_000) for _ in range(5)]
+    x = torch.randn(5 * s_q, 70_016, device=DEVICE)
+    each = lengths([max(n - s_q + 1 + i, 0) for n in lens for i in range(s_q)])
+    assert torch.equal(topk.topk_indices(x, lengths(lens), 2048), reference.topk_indices(x, each, 2048))
+
+
+@needs_clusters
+def test_topk_by_clusters_in_a_graph():
+    x, ends = torch.empty(4, 50_048, device=DEVICE), lengths([50_048, 30_000, 5, 2048])
+    out = torch.empty(4, 2048, dtype=torch.int32, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    topk.topk_indices(x.normal_(), ends, 2048, out=out)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        topk.topk_indices(x, ends, 2048, out=out)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, reference.topk_indices(x, ends, 2048))
+
+
 def test_programs_of_a_row_meet_again_and_again():
     """One workspace for launches of all shapes, without a pause: a counter not made ready would hang or corrupt."""
     workspace = topk.topk_workspace(132, DEVICE)
@@ -88,7 +139,12 @@ def test_programs_of_a_row_meet_again_and_again():
         x, ends = torch.randn(rows, n, device=DEVICE), lengths([random.randint(0, n) for _ in range(rows)])
         cases.append((x, ends, reference.topk_indices(x, ends, 1024)))
     for _ in range(5):
-        results = [topk.topk_indices(x, ends, 1024, workspace=workspace) for x, ends, _ in cases]
+        results = [
+            topk.topk_indices(
+                x, ends, 1024, workspace=workspace, parts=topk.programs_per_row(x.shape[0], x.shape[1], DEVICE)
+            )
+            for x, ends, _ in cases
+        ]
         for result, (_, _, want) in zip(results, cases, strict=True):
             assert torch.equal(result, want)
 
@@ -103,7 +159,7 @@ def test_two_streams_with_a_workspace_each():
     for _ in range(50):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                results.append((i, topk.topk_indices(x[i], ends, 2048, workspace=spaces[i])))
+                results.append((i, topk.topk_indices(x[i], ends, 2048, workspace=spaces[i], parts=64)))
     torch.cuda.synchronize()
     want = [reference.topk_indices(x[i], ends, 2048) for i in range(2)]
     assert all(torch.equal(result, want[i]) for i, result in results)

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// The copying warps where the keys of a request are listed: four, each with 16 rows of a tile.
+// Included by a kernel after it has defined FORMAT, Element, N and Layout.
+#pragma once
+
+#include "swapab_listed.cuh"
+
+namespace {
+
+__device__ inline void bulk_load(uint32_t smem, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(smem),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+class Gatherer {
+  public:
+    __device__ Gatherer(const Params& p, const Shared& shared) : p_(p), shared_(shared) {}
+
+    // Entries are read two tiles ahead. A tile's pages are looked up as soon as the one before is on its way.
+    __device__ void gather_item(const Item& item) {
+        Entries entries = entries_of(item, item.tile_begin), later = entries_of(item, item.tile_begin + 1);
+#pragma unroll 1
+        for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
+            const Source source = source_of(item, entries);
+            entries = later;
+            later = entries_of(item, tile + 2);
+            copy_rows(source);
+        }
+    }
+
+  private:
+    static constexpr int kRows = Layout::kSlotRows;
+
+    struct Entries {  // of a tile: a lane's two
+        int low, high;
+    };
+    struct Source {
+        const uint8_t* row;  // for each of the first 16 lanes; null if there is no such key
+        bool any;            // whether the tile may have any
+    };
+
+    __device__ static int lane() { return threadIdx.x % kWarp; }
+    __device__ static int warp() { return threadIdx.x / kWarp % 4; }
+
+    __device__ int entry_at(const Item& item, int at) const {
+        return at < min(item.seq_len, item.tile_end * kTile) ? p_.indices[item.request * p_.index_stride + at] : -1;
+    }
+    __device__ Entries entries_of(const Item& item, int tile) const {
+        const int at = tile * kTile + lane();
+        return {entry_at(item, at), entry_at(item, at + kWarp)};
+    }
+
+    __device__ Source source_of(const Item& item, const Entries& entries) const {
+        const bool any = __any_sync(~0u, entries.low >= 0 || entries.high >= 0);
+        const int from = warp() % 2 * kRows + lane() % kRows;
+        const int low = __shfl_sync(~0u, entries.low, from), high = __shfl_sync(~0u, entries.high, from);
+        const int entry = warp() < 2 ? low : high;
+        return {lane() < kRows ? row_of(item.request, entry) : nullptr, any};
+    }
+
+    __device__ const uint8_t* row_of(int request, int entry) const {
+        constexpr int64_t kRowBytes = Layout::kRowBytes;
+        if (entry < 0) return nullptr;
+        if (p_.page_size == 0) return entry < p_.num_pages ? p_.cache + entry * kRowBytes : nullptr;
+        int page = unsigned(entry) / unsigned(p_.page_size);  // too large for divide()
+        const int row = entry - page * p_.page_size;
+        if (p_.max_pages > 0) {
+            if (page >= p_.max_pages) return nullptr;
+            page = p_.block_table[divide(request, p_.sharers) * p_.table_stride + page];
+        }
+        if (unsigned(page) >= unsigned(p_.num_pages)) return nullptr;
+        return p_.cache + page * p_.page_stride + row * kRowBytes;
+    }
+
+    // A row by each of 16 lanes; an instruction takes some 40 cycles to issue, lane after lane.
+    __device__ void copy_rows(const Source& source) {
+        const unsigned slot = ring_.slot(warp());
+        const uint32_t valid = __ballot_sync(~0u, source.row != nullptr), full = shared_.full(slot);
+        mbarrier_wait(shared_.empty(slot), ring_.phase(warp()) ^ 1);
+        if (source.any && source.row == nullptr && lane() < kRows) clear_row(slot);
+        if (lane() == 0) *shared_.valid(slot) = valid;
+        __syncwarp();
+        if (lane() == 0) mbarrier_expect_tx(full, __popc(valid) * Layout::kRowBytes);
+        __syncwarp();
+        if (source.row != nullptr)
+            bulk_load(shared_.slot(slot) + lane() * Layout::kPitch, source.row, Layout::kRowBytes, full, policy_);
+        ring_.advance();
+    }
+
+    // Zeros, for what an older tile has left is not to be multiplied, not even by 0.
+    __device__ void clear_row(unsigned slot) const {
+        uint8_t* to = shared_.base + slot * Layout::kSlotBytes + lane() * Layout::kPitch;
+#pragma unroll 1
+        for (int i = 0; i < Layout::kRowBytes; i += 16) *reinterpret_cast<uint4*>(to + i) = {0, 0, 0, 0};
+        fence_proxy_async();  // a later tile's copy must not come before them
+    }
+
+    const Params& p_;
+    const Shared& shared_;
+    TileRing ring_;
+    // `fixed_tiles` has no other use here: not 0 where no other list names the rows, and L2 may keep what else it holds.
+    const uint64_t policy_ = p_.schedule.fixed_tiles ? kEvictFirst : kEvictNormal;
+};
+
+}  // namespace

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles of listed keys, gathered row by row into the slots of a ring: the names of swapab_staged.cuh for them. Operands
+// come from the rows through registers.
+// Included by a kernel after it has defined FORMAT, Element, N and Layout.
+#pragma once
+
+#include "swapab_shared.cuh"
+#include "swapab_tile.cuh"
+
+namespace {
+
+constexpr int kSlotsOfTile = Layout::kCopiers;
+
+struct Shared : SharedOperands {
+    __device__ uint32_t slot(unsigned i) const { return address + i * Layout::kSlotBytes; }
+    __device__ uint32_t full(unsigned i) const { return address + Layout::kBarriers + i * 8; }
+    __device__ uint32_t empty(unsigned i) const { return full(i + Layout::kSlots); }
+    __device__ uint32_t* valid(unsigned i) const { return reinterpret_cast<uint32_t*>(base + Layout::kValid) + i; }
+    __device__ struct ListedTile tile(const struct ListedTile& tile) const;
+};
+
+// A tile whose rows lie in four slots that follow one another.
+struct ListedTile {
+    uint32_t address;  // of slot 0
+    unsigned first;
+    __device__ unsigned slot(unsigned i) const {
+        return first + i < Layout::kSlots ? first + i : first + i - Layout::kSlots;
+    }
+    __device__ uint32_t row(unsigned token) const {
+        constexpr unsigned kRows = Layout::kSlotRows;
+        return address + slot(token / kRows) * Layout::kSlotBytes + token % kRows * Layout::kPitch;
+    }
+};
+__device__ inline ListedTile Shared::tile(const ListedTile& tile) const { return tile; }
+
+using Place = ListedTile;
+
+struct TileRing {
+    unsigned count = 0;  // of slots so far
+    __device__ unsigned slot(unsigned i) const { return (count + i) % Layout::kSlots; }
+    __device__ uint32_t phase(unsigned i) const { return (count + i) / Layout::kSlots & 1; }
+    __device__ void advance() { count += kSlotsOfTile; }
+};
+
+__device__ inline Place place_of(const TileRing& ring) { return {smem_address(shared_memory), ring.slot(0)}; }
+__device__ inline void wait_for_tile(const Shared& shared, const TileRing& ring) {
+#pragma unroll
+    for (int i = 0; i < kSlotsOfTile; ++i) mbarrier_wait(shared.full(ring.slot(i)), ring.phase(i));
+}
+__device__ inline void release_tile(const Shared& shared, const TileRing& ring) {
+    __syncwarp();
+    const unsigned lane = threadIdx.x % kWarp;
+    if (lane < kSlotsOfTile) mbarrier_arrive(shared.empty(ring.slot(lane)));
+}
+
+// Whether any key of the tile is there.
+__device__ inline bool prepare_tile(const Shared& shared, const Place& tile, int, const Item&) {
+    uint32_t any = 0;
+#pragma unroll
+    for (int i = 0; i < kSlotsOfTile; ++i) any |= *shared.valid(tile.slot(i));
+    return any != 0;
+}
+
+__device__ inline void mask_tile(const Params&, const Shared& shared, const Place& tile, int, const Item&,
+                                 float (&s)[N / 2]) {
+    const uint32_t valid = *shared.valid(tile.slot(threadIdx.x / kWarp % 4)) >> threadIdx.x % kWarp / 4;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+        if (!(valid >> i / 2 % 2 * 8 & 1)) s[i] = -INFINITY;
+}
+
+__device__ inline uint32_t latent_unit(const ListedTile& tile, int token, int unit) {
+    return tile.row(token) + unit * 16;
+}
+
+// The four scales of a token of fp8_ds_mla.
+__device__ inline float4 scales_of(const Shared& shared, const Place& tile, int token) {
+    return *reinterpret_cast<const float4*>(shared.base + (tile.row(token) - shared.address) + kLatent);
+}
+
+// Scores over STEPS x 16 elements of 16 bits, from byte FIRST of a row on; without WAIT they are begun.
+template <typename T, int STEPS, int FIRST, bool WAIT = true>
+__device__ inline void scores_of_elements(float (&s)[N / 2], const ListedTile& tile, uint32_t query) {
+    constexpr int kBatch = 2 * kFragmentBatch<N>;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
+    const uint32_t row = tile.row(warp * 16 + lane % 16) + FIRST + lane / 16 * 16;
+    uint32_t raw[2][kBatch][4];
+    const auto load = [&](int batch) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) ldmatrix_x4(raw[batch % 2][i], row + (batch * kBatch + i) * 32);
+    };
+    load(0);
+    keep_in_order(s);
+#pragma unroll
+    for (int batch = 0; batch < STEPS / kBatch; ++batch) {
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kBatch; ++step) {
+            const int k = batch * kBatch + step;
+            const uint64_t q = descriptor_128b(query + k / 4 * N * 128) + k % 4 * 2;
+            Wgmma<T, N>::registers(s, raw[batch % 2][step], q, k > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // the batch before: its registers are free
+        if (batch + 1 < STEPS / kBatch) load(batch + 1);
+    }
+    if constexpr (WAIT) {
+        wgmma_wait<0>();
+        keep_in_order(s);
+    }
+}
+
+__device__ inline void scores_rope_8bit(float (&s)[N / 2], const ListedTile& tile, uint32_t query) {
+    scores_8bit<N, kLatent, 2, false>(s, tile, query, true);
+}
+
+template <bool WAIT>
+__device__ inline void scores_rope(float (&s)[N / 2], const ListedTile& tile, uint32_t query) {
+    scores_of_elements<bf16, 4, kLatent + 16, WAIT>(s, tile, query + 8 * N * 128);
+}
+
+template <typename T, int>
+__device__ inline void scores_16bit(float (&s)[N / 2], const ListedTile& tile, uint32_t query) {
+    scores_of_elements<T, 36, 0>(s, tile, query);
+}
+
+template <typename T, int>
+__device__ inline void accumulate_16bit(float (&o)[8][N / 2], const ListedTile& tile, uint32_t weights) {
+    constexpr int kBatch = 2 * kFragmentBatch<N>, kBatches = 4 * 8 / kBatch;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
+    uint32_t raw[2][kBatch][4];
+    const auto load = [&](int batch) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int at = batch * kBatch + i, token = at / 8 * 16 + lane / 16 * 8 + lane % 8;
+            ldmatrix_x4_trans(raw[batch % 2][i], latent_unit(tile, token, at % 8 * 8 + warp * 2 + lane / 8 % 2));
+        }
+    };
+    load(0);
+#pragma unroll
+    for (int block = 0; block < 8; ++block) keep_in_order(o[block]);
+#pragma unroll
+    for (int batch = 0; batch < kBatches; ++batch) {
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int at = batch * kBatch + i;
+            Wgmma<T, N>::registers(o[at % 8], raw[batch % 2][i], descriptor_128b(weights) + at / 8 * 2, true);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (batch + 1 < kBatches) load(batch + 1);
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int block = 0; block < 8; ++block) keep_in_order(o[block]);
+}
+
+}  // namespace

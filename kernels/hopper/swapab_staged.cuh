@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles that TMA brings into the stages of a ring: what the copying warp and the computing warps say to each other, and
+// how the latter read a tile. swapab_listed.cuh has the same names for listed keys.
+// Included by a kernel after it has defined FORMAT, Element, N and Layout.
+#pragma once
+
+#include "swapab_store.cuh"
+#include "swapab_tile.cuh"
+
+namespace {
+
+// What the copying warp hands to the computing ones.
+enum class Step { kAttend, kMerge, kEnd };
+struct alignas(16) Task {
+    Item item;
+    Step step;
+    unsigned number;  // of tasks before it
+};
+static_assert(sizeof(Task) == Layout::kItemBytes);
+
+struct Shared : SharedOperands {
+    __device__ uint32_t tile(int stage) const { return address + stage * Layout::kStageBytes; }
+    __device__ uint32_t full(int stage) const { return address + Layout::kBarriers + stage * 8; }
+    __device__ uint32_t empty(int stage) const { return full(stage + Layout::kStages); }
+    __device__ uint32_t item_full(int i) const { return full(2 * Layout::kStages + i); }
+    __device__ uint32_t item_empty(int i) const { return item_full(i + Layout::kItems); }
+    __device__ Task* item(int i) const { return reinterpret_cast<Task*>(base + Layout::kItemQueue) + i; }
+};
+
+using Place = int;  // of a tile: its stage
+using TileRing = Ring<Layout::kStages>;
+
+__device__ inline Place place_of(const TileRing& ring) { return ring.stage(); }
+__device__ inline void wait_for_tile(const Shared& shared, const TileRing& ring) {
+    mbarrier_wait(shared.full(ring.stage()), ring.phase());
+}
+__device__ inline void release_tile(const Shared& shared, const TileRing& ring) {
+    mbarrier_arrive(shared.empty(ring.stage()));
+}
+
+// Rows past the end of a request hold whatever the page holds, or nothing was copied: with weight 0, but 0 x NaN is NaN.
+__device__ void clear_rows_from(uint8_t* tile, int first, int thread) {
+    constexpr int kUnits = FORMAT == Format::kSixteenBit ? 64 : 32;  // of 16 bytes in the latent part of a row
+    for (int i = thread; i < (kTile - first) * kUnits; i += kWarpgroup) {
+        const int row = first + i / kUnits, unit = i % kUnits;
+        uint8_t* at = tile + row / kGroup * Layout::kGroupBytes + unit / 8 * kBlock + row % kGroup * 128 + unit % 8 * 16;
+        *reinterpret_cast<uint4*>(at) = {0, 0, 0, 0};
+    }
+    fence_proxy_async();
+}
+
+// Makes a tile fit to be multiplied.
+__device__ inline bool prepare_tile(const Shared& shared, int stage, int tile, const Item& item) {
+    const int tokens = item.seq_len - tile * kTile;
+    if (tokens < kTile) clear_rows_from(shared.base + stage * Layout::kStageBytes, tokens, threadIdx.x % kWarpgroup);
+    return true;
+}
+
+__device__ void mask_rows(const Params& p, int first_token, int seq_len, float (&s)[N / 2]) {
+    const int token = first_token + threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+        const int row = first_row_of_block() + column_of(i / 4 * 2 + i % 2);
+        const int limit = p.causal ? seq_len - p.s_q + 1 + divide(row, p.h_q) : seq_len;
+        if (token + i / 2 % 2 * 8 >= limit) s[i] = -INFINITY;
+    }
+}
+
+__device__ inline void mask_tile(const Params& p, const Shared&, int, int tile, const Item& item, float (&s)[N / 2]) {
+    const int tokens = item.seq_len - tile * kTile;
+    if (tokens - (p.causal ? p.s_q - 1 : 0) < kTile) mask_rows(p, tile * kTile, item.seq_len, s);
+}
+
+// The four scales of a token of an fp8_ds_mla tile.
+__device__ inline float4 scales_of(const Shared& shared, int stage, int token) {
+    const uint8_t* all = shared.base + stage * Layout::kStageBytes + Layout::kScalesOffset;
+    return *reinterpret_cast<const float4*>(all + token * 16);
+}
+
+// Adds those of the rope part of an fp8 tile.
+__device__ inline void scores_rope_8bit(float (&s)[N / 2], uint32_t tile, uint32_t query) {
+    scores_8bit<N, 0, 2, true>(s, tile + Layout::kRopeOffset, query, true);
+}
+
+// Scores of the rope part of an fp8_ds_mla tile, bfloat16, both operands from shared memory.
+template <bool>
+__device__ inline void scores_rope(float (&s)[N / 2], uint32_t tile, uint32_t query) {
+    const uint64_t k = descriptor_128b(tile + Layout::kRopeOffset), q = descriptor_128b(query + 8 * N * 128);
+    keep_in_order(s);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+        Wgmma<bf16, N>::template shared<false>(s, k + step * 2, q + step * 2, step > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    keep_in_order(s);
+}
+
+// Results that are whole, or a piece's.
+__device__ inline void store_log_sum(const Params& p, const Shared&, const Item& item, int n, float log_sum) {
+    const int rows = p.s_q * p.h_q, row = first_row_of_block() + n;
+    if (row >= rows) return;
+    if (item.slot < 0)
+        p.lse[int64_t(item.request) * rows + row] = log_sum * 0.6931471805599453f;
+    else
+        __stcg(p.partial_lse + int64_t(item.slot) * rows + row, log_sum);
+}
+
+// There is no cluster that would share a request.
+__device__ inline bool merge_in_cluster(const Params&, const Shared&, const Item&, float, const float (&)[8][N / 2],
+                                        const float (&)[kColumns], const float (&)[kColumns]) {
+    return false;
+}
+
+__device__ inline void store_results(const Params& p, const Shared& shared, const Item& item,
+                                     const float (&kept)[4][N / 2]) {
+    if (item.slot < 0)
+        store_whole(p, shared, item.request, first_row_of_block(), kept);
+    else
+        store_partial(p, item.slot, first_row_of_block(), kept);
+}
+
+}  // namespace
