@@ -51,13 +51,13 @@ def test_entry_points(group: str, function: Any) -> None:
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.0", "0.33.1rc1.dev3+gabc"])
 def test_supported_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    monkeypatch.setattr(compat.versions, "vllm_version", lambda: version)
     assert compat.vllm_unsupported_reason() is None
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0.0", "dev", None])
 def test_unsupported_versions_have_one_sentence(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    monkeypatch.setattr(compat.versions, "vllm_version", lambda: version)
     reason = compat.vllm_unsupported_reason()
     assert reason is not None
     assert reason.count(". ") == 0 and reason.endswith("FUSEDMLA is not registered.")
@@ -72,7 +72,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 import vllm.envs
 from vllm_fusedmla import compat, plugin
-compat.vllm_version = lambda: "0.34.0"
+compat.versions.vllm_version = lambda: "0.34.0"
 lines = []
 class Keep(logging.Handler):
     def emit(self, record):
@@ -339,7 +339,7 @@ class TestCpuEnvironmentRepair:
             return subprocess.CompletedProcess(command, 1 if broken else 0)
 
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchcodec" else object())
-        monkeypatch.setattr(compat.subprocess, "run", run)
+        monkeypatch.setattr(subprocess, "run", run)
         said: list[str] = []
         compat.uninstall_broken_media_packages(said.append)
         removed = [command for command in commands if "uninstall" in command]
