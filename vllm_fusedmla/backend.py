@@ -17,15 +17,16 @@ from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend, MLACommonImpl
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType, MultipleOf
+from vllm.v1.attention.backend import MultipleOf
 
 from . import compat, envs
 from .cache_update import StoresTokens
 from .kernels import hopper, layout, reference
 from .kernels.plan import DecodePlan
-from .kernels.select import LARGEST_TILE, MAX_H_Q, MAX_S_Q, select_decode
+from .kernels.select import LARGEST_TILE, MAX_S_Q, select_decode
 from .limits import DecodeLimits, cache_format_name, decode_threshold
 from .metadata import FusedMLAMetadata, FusedMLAMetadataBuilder, decode_tokens, uses_reference
+from .refusals import refuse_unsupported
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -180,17 +181,7 @@ class FusedMLAImpl(StoresTokens, MLACommonImpl[FusedMLAMetadata]):
         # The query stays in the model's dtype beside an fp8 cache; the kernels widen the cache, not narrow the query.
         self.supports_quant_query_input = False
         heads = num_heads * self.dcp_world_size
-        refused = {
-            "alibi slopes": alibi_slopes,
-            "a sliding window": sliding_window,
-            "a logits soft cap": logits_soft_cap,
-            f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
-            f"kv_lora_rank {self.kv_lora_rank} (512 only)": self.kv_lora_rank != layout.D_V,
-            f"{heads} query heads on one rank (at most {MAX_H_Q})": heads > MAX_H_Q,
-        }
-        for what, present in refused.items():
-            if present:
-                raise NotImplementedError(f"FUSEDMLA does not support {what}")
+        refuse_unsupported(self, heads, alibi_slopes, sliding_window, logits_soft_cap, attn_type)
         self._vllm_config = get_current_vllm_config()
         self._log_kernel(heads)
         if not uses_reference() and not compat.workspace_hook_in_profile_run():

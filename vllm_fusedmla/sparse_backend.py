@@ -16,15 +16,15 @@ from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.sparse_mla_attention import SparseMLACommonImpl
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType, MultipleOf
+from vllm.v1.attention.backend import MultipleOf
 
 from . import compat, envs, plugin
 from .backend import FusedMLABackend
 from .cache_update import StoresTokens
 from .kernels import layout, reference, sparse_reference
-from .kernels.select import MAX_H_Q
 from .limits import SparseLimits
 from .metadata import uses_reference
+from .refusals import refuse_unsupported
 from .sparse_metadata import (
     FusedMLASparseMetadata,
     FusedMLASparseMetadataBuilder,
@@ -157,19 +157,11 @@ class FusedMLASparseImpl(StoresTokens, SparseMLACommonImpl[FusedMLASparseMetadat
         self.supports_quant_query_input = False
         self.masked_mha_available = False  # vLLM knows from which length on it pays beside its own backends only
         heads = num_heads * self.dcp_world_size
-        refused = {
-            "alibi slopes": alibi_slopes,
-            "a sliding window": sliding_window,
-            "a logits soft cap": logits_soft_cap,
-            f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
-            f"kv_lora_rank {self.kv_lora_rank} (512 only)": self.kv_lora_rank != layout.D_V,
-            f"{heads} query heads on one rank (at most {MAX_H_Q})": heads > MAX_H_Q,
+        more = {
             f"sparse attention on a {kv_cache_dtype} KV cache (fp8_ds_mla only)": kv_cache_dtype in ("fp8", "fp8_e4m3"),
             "a layer without the indexer's buffer": self.topk_indices_buffer is None,
         }
-        for what, present in refused.items():
-            if present:
-                raise NotImplementedError(f"FUSEDMLA does not support {what}")
+        refuse_unsupported(self, heads, alibi_slopes, sliding_window, logits_soft_cap, attn_type, more)
         vllm_config = get_current_vllm_config()
         self._interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
         self._limits = SparseLimits.of(vllm_config, heads, kv_cache_dtype)
