@@ -71,11 +71,13 @@ def test_content(wheel: Path, repo: Path) -> None:
         names = set(archive.namelist())
         entry_points = archive.read(f"{DIST_INFO}/entry_points.txt").decode()
     assert {name.split("/")[0] for name in names} == {"vllm_fusedmla", DIST_INFO}
-    expected = {f"vllm_fusedmla/{path.name}" for path in (repo / "vllm_fusedmla").glob("*.py")}
+    folders = [p for p in (repo / "vllm_fusedmla").rglob("*") if p.is_dir() and not p.is_symlink()]
+    expected = {
+        str(path.relative_to(repo))
+        for folder in (repo / "vllm_fusedmla", *folders, repo / "vllm_fusedmla" / "evaluation" / "tasks")
+        for path in [*folder.glob("*.py"), *folder.glob("*.yaml")]
+    }
     expected |= {f"vllm_fusedmla/{path.relative_to(repo)}" for path in (repo / "kernels").rglob("*.py")}
-    evaluation = repo / "vllm_fusedmla" / "evaluation"
-    for folder in (evaluation, evaluation / "lm_tasks", evaluation / "tasks"):
-        expected |= {str(path.relative_to(repo)) for path in [*folder.glob("*.py"), *folder.glob("*.yaml")]}
     assert len(expected) > 10
     assert {name for name in names if name.endswith((".py", ".yaml"))} == expected
     assert {"vllm_fusedmla/py.typed", f"{DIST_INFO}/licenses/LICENSE"} <= names
