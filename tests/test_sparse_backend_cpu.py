@@ -185,6 +185,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[workspace.Workspace
     for module in (backend, cache_update, metadata, sparse_backend):
         monkeypatch.setattr(module, "current_platform", stand_in)
     monkeypatch.setattr(limits, "_WARM_UP_REQUESTS", 2)  # the interpreter is slow
+    monkeypatch.setattr(limits, "FEW_TOKENS", 1)
     monkeypatch.setenv("VLLM_FUSEDMLA_INDEXER", "0")  # nor is its warm-up needed here
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     workspace.init_workspace_manager(torch.device("cpu"))
