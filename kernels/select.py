@@ -89,7 +89,7 @@ _HOPPER_SPARSE_TABLE = (
     (_DS_MLA, MAX_H_Q, ("twowg_gather", 64), 32),
 )
 """The last column: up to so many, the swap-AB kernel with blocks of 16 heads is faster. Each gathers a list again, but
-more of the GPU takes part. Measured with 1 to 8 tokens."""
+more of the GPU takes part. Measured with 64 heads and 1 to 8 tokens, with 32 and 128 heads and one token."""
 _FEW_HEADS = 16
 FEW_TOKENS = 8
 """Most query tokens on which the choice of a sparse kernel may depend."""

@@ -42,7 +42,7 @@ def _pieces(params: ScheduleParams, tokens: int, topk: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """Everything about a launch that does not depend on the number of tokens.
+    """Everything about a launch that is the same for any number of tokens, but few: see `sparse_plan`.
 
     Attributes:
         config: kernel and tile sizes.

@@ -24,6 +24,16 @@ def required() -> bool:
     return os.environ.get("FUSEDMLA_REQUIRE_CUBINS") == "1"
 
 
+def nvcc() -> Path:
+    """The compiler; fails or skips the test where there is none."""
+    try:
+        return build.find_nvcc()
+    except build.NvccMissingError as error:
+        if required():
+            raise
+        pytest.skip(str(error))
+
+
 @functools.cache
 def build_all() -> build.BuildError | None:
     """Compile what is not current; returns why something could not be compiled."""

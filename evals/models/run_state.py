@@ -34,6 +34,15 @@ def precision(device: torch.device) -> Iterator[None]:
         yield
 
 
+def adamw(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
+    """The optimizer of training from nothing: weight decay for matrices only."""
+    parameters = list(model.parameters())
+    matrices = [p for p in parameters if p.dim() == 2]
+    vectors = [p for p in parameters if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=parameters[0].is_cuda)
+
+
 class Run:
     """One training run: its log, its clock and its state file, with which a run that was cut off goes on.
 

@@ -28,7 +28,7 @@ from evals.models.curriculum import Curriculum
 from evals.models.evaluate import LONG_CASES, SHORT_CASES, Score, score_case
 from evals.models.export import load_checkpoint, save_checkpoint
 from evals.models.model import DemoModel, ModelConfig
-from evals.models.run_state import precision
+from evals.models.run_state import adamw, precision
 from evals.tasks.chain_recall import WORDS
 
 WARMUP_STEPS = 60
@@ -73,10 +73,7 @@ class Attempt:
             num_attention_heads=args.heads,
         )
         self.model = DemoModel(config).to(self.device)
-        matrices = [p for p in self.model.parameters() if p.dim() == 2]
-        vectors = [p for p in self.model.parameters() if p.dim() != 2]
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+        self.optimizer = adamw(self.model, args.lr)
         self.curriculum = Curriculum(seed, self.device, args.tokens, args.max_links, args.max_total)
         self.step = self.anneal_step = 0
         parameters = sum(p.numel() for p in self.model.parameters())

@@ -34,7 +34,7 @@ from evals.models.curriculum import Curriculum
 from evals.models.export import load_checkpoint, save_checkpoint
 from evals.models.mixture import Mixture, batches
 from evals.models.model import DemoModel, ModelConfig
-from evals.models.run_state import Run, precision
+from evals.models.run_state import Run, adamw, precision
 from evals.models.task_scores import LENGTHS, TASKS, score_task
 from evals.tasks import words
 
@@ -77,10 +77,7 @@ class Trainer:
             qk_nope_head_dim=args.nope,
         )
         self.model = DemoModel(config).to(self.device)
-        matrices = [p for p in self.model.parameters() if p.dim() == 2]
-        vectors = [p for p in self.model.parameters() if p.dim() != 2]
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+        self.optimizer = adamw(self.model, args.lr)
         self.curriculum = Curriculum(seed, self.device, args.tokens, args.max_links, args.max_total)
         # Batches that workers had made ahead are gone after a restart; another seed's are as good.
         draws = 1000 * seed + self.resumes

@@ -3,6 +3,7 @@
 // Included by a kernel after it has defined FORMAT, Element, N and Layout.
 #pragma once
 
+#include "listed.cuh"
 #include "swapab_listed.cuh"
 
 namespace {
@@ -58,21 +59,7 @@ class Gatherer {
         const int from = warp() % 2 * kRows + lane() % kRows;
         const int low = __shfl_sync(~0u, entries.low, from), high = __shfl_sync(~0u, entries.high, from);
         const int entry = warp() < 2 ? low : high;
-        return {lane() < kRows ? row_of(item.request, entry) : nullptr, any};
-    }
-
-    __device__ const uint8_t* row_of(int request, int entry) const {
-        constexpr int64_t kRowBytes = Layout::kRowBytes;
-        if (entry < 0) return nullptr;
-        if (p_.page_size == 0) return entry < p_.num_pages ? p_.cache + entry * kRowBytes : nullptr;
-        int page = unsigned(entry) / unsigned(p_.page_size);  // too large for divide()
-        const int row = entry - page * p_.page_size;
-        if (p_.max_pages > 0) {
-            if (page >= p_.max_pages) return nullptr;
-            page = p_.block_table[divide(request, p_.sharers) * p_.table_stride + page];
-        }
-        if (unsigned(page) >= unsigned(p_.num_pages)) return nullptr;
-        return p_.cache + page * p_.page_stride + row * kRowBytes;
+        return {lane() < kRows ? listed_row<int64_t{Layout::kRowBytes}>(p_, item.request, entry) : nullptr, any};
     }
 
     // A row by each of 16 lanes; an instruction takes some 40 cycles to issue, lane after lane.

@@ -80,12 +80,6 @@ __device__ inline uint64_t composite(uint32_t key, int place) {
 }
 __device__ inline int place_of(uint64_t whole) { return (1 << kPlaceBits) - 1 - int(whole & ((1 << kPlaceBits) - 1)); }
 
-__device__ inline void bulk_copy(uint32_t target, const void* source, int bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-                 "l"(source), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-
 __device__ inline unsigned warp_scan(unsigned x) {  // sum over the lanes up to this one
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
@@ -115,7 +109,7 @@ class Selection {
     __device__ void run() {
         begin();
         uint32_t most = make_keys();
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all CTAs have begun
+        cluster_wait();  // all CTAs have begun
         uint64_t least = kLeast;
         if (length_ > p_.k) {
             if (most) atomicAdd(&shared().bins[most >> (32 - kBits)], 1u);
@@ -159,7 +153,7 @@ class Selection {
         if (t < kChunk / kPiece) mbarrier_init(smem_address(s.copied + t), 1);
         if (t < kWarp) fence_mbarrier_init();
         __syncthreads();
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        cluster_arrive();
         wait_for_predecessor();
         launch_dependents();
         const int row = blockIdx.y;
@@ -171,7 +165,7 @@ class Selection {
         if (bytes > 0) {
             const uint32_t barrier = smem_address(s.copied + t);
             mbarrier_expect_tx(barrier, bytes);
-            bulk_copy(smem_address(s.chunk + t * kPiece), p_.values + row * p_.row_stride + begin_ + t * kPiece, bytes, barrier);
+            bulk_load(smem_address(s.chunk + t * kPiece), p_.values + row * p_.row_stride + begin_ + t * kPiece, bytes, barrier);
         }
     }
 

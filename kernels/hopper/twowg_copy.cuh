@@ -34,12 +34,6 @@ __device__ inline void prefetch_bulk(const void* from, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
-__device__ inline void bulk_load(uint32_t smem, const void* from, uint32_t bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-
 // The query of an item into L2, where it will be looked for some spans later. A warp's work, of some 5000 cycles.
 __device__ inline void prefetch_query(const Params& p, int request) {
 #pragma unroll 1

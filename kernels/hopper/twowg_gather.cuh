@@ -2,6 +2,7 @@
 // The copying warps of the 64-row kernel where the keys of a request are listed: four, each with 16 rows of a tile.
 #pragma once
 
+#include "listed.cuh"
 #include "twowg_copy.cuh"
 #include "twowg_product.cuh"
 
@@ -27,7 +28,7 @@ class Gatherer {
         int entry = entry_of(item, item.tile_begin);
 #pragma unroll 1
         for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
-            const uint8_t* from = row_of(item.request, entry);
+            const uint8_t* from = listed_row<kRowBytes>(p_, item.request, entry);
             entry = entry_of(item, tile + 1);
             if constexpr (kScaled)
                 copy_rows(from);
@@ -40,20 +41,6 @@ class Gatherer {
         const int at = tile * kTile + warp() * kRowsOfWarp + lane();
         if (lane() >= kRowsOfWarp || at >= min(item.seq_len, item.tile_end * kTile)) return -1;
         return p_.indices[item.request * p_.index_stride + at];
-    }
-
-    // Null if there is no such key.
-    __device__ const uint8_t* row_of(int request, int entry) const {
-        if (entry < 0) return nullptr;
-        if (p_.page_size == 0) return entry < p_.num_pages ? p_.cache + entry * int64_t{kRowBytes} : nullptr;
-        int page = unsigned(entry) / unsigned(p_.page_size);  // too large for divide()
-        const int row = entry - page * p_.page_size;
-        if (p_.max_pages > 0) {
-            if (page >= p_.max_pages) return nullptr;
-            page = p_.block_table[divide(request, p_.sharers) * p_.table_stride + page];
-        }
-        if (unsigned(page) >= unsigned(p_.num_pages)) return nullptr;
-        return p_.cache + page * p_.page_stride + row * kRowBytes;
     }
 
     // ---- fp8_ds_mla: whole rows, each by one instruction, some 40 cycles to issue ----

@@ -16,7 +16,8 @@ class TurnedProduct {
     __device__ static int row_of(int c) { return c / 2 * 8 + c % 2 + thread_anew() % 4 * 2; }
     static constexpr __device__ int at(int c) { return c / 2 * 4 + c % 2; }
 
-    // Scores of the next tile in base 2, as differences from the references. 32 columns at a time; one part is widened while the last is multiplied.
+    // Scores of the next tile in base 2, as differences from the references. 64
+    // columns at a time; one part is widened while the last is multiplied.
     __device__ void score(float (&s)[32]) {
         using Mma = Wgmma<fp16, kRows>;
         constexpr int kLatentParts = 8, kAllParts = 9;

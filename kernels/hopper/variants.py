@@ -59,7 +59,7 @@ def _swapab(cache_format: str, rows: int) -> Variant:
 
 
 def swapab_rows(cache_format: str) -> tuple[int, ...]:
-    """Block sizes of a format; fp8_ds_mla's scores in four groups leave no registers for 32 rows."""
+    """Block sizes of a format, dense or listed; fp8_ds_mla's scores in four groups leave no registers for 32 rows."""
     return SWAPAB_ROWS[:3] if cache_format == "fp8_ds_mla" else SWAPAB_ROWS
 
 
@@ -78,11 +78,6 @@ _GATHER = {"bf16": "bf16", "fp16": "fp16", "fp8_ds_mla": "scaled"}
 
 def gather_name(cache_format: str) -> str:
     return f"twowg_gather_{cache_format}"
-
-
-def listed_heads(cache_format: str) -> tuple[int, ...]:
-    """How many heads a block of the swap-AB kernel for listed keys may hold."""
-    return swapab_rows(cache_format)
 
 
 def listed_name(cache_format: str, heads: int) -> str:
@@ -111,7 +106,7 @@ VARIANTS = {
         *(_twowg(twowg_name(name, n), operands, n) for name, operands in _TWOWG.items() for n in (1, 2)),
         _twowg(ROWS_NAME, "scaled"),
         *(_twowg(gather_name(name), operands, gather=True) for name, operands in _GATHER.items()),
-        *(_listed(form, heads) for form in _GATHER for heads in listed_heads(form)),
+        *(_listed(form, heads) for form in _GATHER for heads in swapab_rows(form)),
         Variant(TOPK_NAME, "topk.cu", {"FUSEDMLA_ENTRY": TOPK_NAME}, max_registers=64, threads=1024),
     )
 }
