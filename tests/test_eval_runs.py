@@ -131,7 +131,9 @@ def test_injected_faults_are_reported_and_do_not_fail(out: Path) -> None:
 
 def test_without_decoded_tokens_it_fails(out: Path) -> None:
     code, summary, text = evaluate(out, "--backends", "FUSEDMLA", "--kv-cache-dtypes", "auto,idle")
-    assert code == 1 and summary["findings"] == ["FUSEDMLA-idle: no token passed FUSEDMLA's decode"]
+    assert code == 1 and summary["findings"] == [
+        f"{name}: no token passed FUSEDMLA's decode" for name in ("FUSEDMLA-idle", "FUSEDMLA-idle-rerun")
+    ]
     assert "FUSEDMLA decoded nothing in maths" in text
 
 
@@ -181,11 +183,11 @@ def test_the_report_alone(out: Path) -> None:
 def test_the_plan() -> None:
     plan = Plan(("FUSEDMLA", "FLASHMLA", "TRITON_MLA"), ("auto", "fp8"), ("", "dense"), ("x", "y:fp8:dense"), (False,))
     names = [run.configuration for run in plan.runs]
-    assert names[:2] == ["FUSEDMLA-auto", "FUSEDMLA-auto-rerun"] and len(names) == len(set(names)) == 3 * 2 * 2 + 1 + 2
+    assert names[:2] == ["FUSEDMLA-auto", "FUSEDMLA-auto-rerun"] and len(names) == len(set(names)) == 3 * 2 * 2 + 2 + 2
     pairs = {kind: set() for kind in configurations.PAIR_KINDS}  # type: dict[str, set[tuple[str, str]]]
     for kind, base, other in plan.pairs():
         pairs[kind].add((other.configuration, base.configuration))
-    assert pairs["rerun"] == {("FUSEDMLA-auto-rerun", "FUSEDMLA-auto")}
+    assert pairs["rerun"] == {(f"FUSEDMLA-{dtype}-rerun", f"FUSEDMLA-{dtype}") for dtype in ("auto", "fp8")}
     assert len(pairs["backend"]) == 2 * 4 and ("FUSEDMLA-fp8-dense", "TRITON_MLA-fp8-dense") in pairs["backend"]
     assert len(pairs["reference"]) == 4 and ("TRITON_MLA-fp8", "FLASHMLA-fp8") in pairs["reference"]
     assert len(pairs["cache"]) == 3 * 2 and ("FLASHMLA-fp8-dense", "FLASHMLA-auto-dense") in pairs["cache"]
@@ -193,6 +195,23 @@ def test_the_plan() -> None:
     assert pairs["fault"] == {("FUSEDMLA-auto+x", "FUSEDMLA-auto"), ("FUSEDMLA-fp8-dense+y", "FUSEDMLA-fp8-dense")}
     with pytest.raises(ValueError, match="fault x: FUSEDMLA-fp4 is not among the runs"):
         Plan(("FUSEDMLA",), ("auto",), faults=("x:fp4",))
+
+
+def test_where_no_two_others_have_a_cache_one_of_them_repeats(out: Path) -> None:
+    plan = Plan(("FUSEDMLA", "SPARSE", "OTHER"), ("auto", "fp8"))
+    reruns = {run.name for run in plan.runs if run.rerun}
+    assert reruns == {
+        *(f"FUSEDMLA-{dtype}-rerun.{kind}" for dtype in ("auto", "fp8") for kind in ("tasks", "teacher")),
+        "SPARSE-fp8-rerun.teacher",
+    }
+    assert ("reference", "SPARSE-fp8", "SPARSE-fp8-rerun") in {
+        (kind, base.configuration, other.configuration) for kind, base, other in plan.pairs()
+    }
+    _, summary, _ = evaluate(out, "--backends", "FUSEDMLA,FLASHMLA,REFUSED_fp8", "--kv-cache-dtypes", "auto,fp8")
+    rows = {(row["other_run"], row["base_run"]): row for row in summary["forced"]}
+    assert rows["FLASHMLA-fp8-rerun", "FLASHMLA-fp8"]["kind"] == "reference"
+    limit = rows["FUSEDMLA-fp8", "FLASHMLA-fp8"]
+    assert limit["verdict"] == "same" and limit["kl_limit"] >= 2 * rows["REFUSED_fp8-auto", "FLASHMLA-auto"]["kl"]
 
 
 def test_a_variant_of_one_configuration_alone() -> None:

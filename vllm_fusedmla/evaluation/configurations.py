@@ -14,9 +14,9 @@ OURS = "FUSEDMLA"
 ENVIRONMENT = "environment"
 """Key of a variant's options that holds variables of its process, not an engine option."""
 PAIR_KINDS = {
-    "rerun": "The first configuration run twice: the noise floor",
+    "rerun": "The first backend run twice: the noise floor",
     "backend": "The first backend against the others",
-    "reference": "The other backends among each other: what kernels may differ by",
+    "reference": "The other backends among each other, and one run twice: what kernels may differ by",
     "cache": "KV cache dtypes of one backend",
     "variant": "Variants of one backend",
     "fault": "A fault injected on purpose against the same without",
@@ -95,12 +95,34 @@ class Plan:
     def configurations(self) -> list[Run]:
         """Of each configuration one run; the first's rerun second, so that an unfinished comparison has it."""
         first, *others = self._clean()
-        return [first, dataclasses.replace(first, rerun=True), *others, *self._faulty()]
+        again, *reruns = (dataclasses.replace(run, rerun=True) for run in self._repeated())
+        reruns = [run for run in reruns if True in self.kinds or not self._is_reference(run)]
+        return [first, again, *others, *reruns, *self._faulty()]
+
+    def _repeated(self) -> list[Run]:
+        """Runs made twice: the first backend's, with every cache; the second's with other caches than the first one.
+
+        Of the latter there may be no two other backends that could say how far apart kernels are.
+        """
+        plain = self.kv_cache_dtypes[0]
+        first = [Run(self.backends[0], dtype, self.variants[0]) for dtype in self.kv_cache_dtypes]
+        others = [Run(name, run.kv_cache_dtype, run.variant) for name in self.backends[1:2] for run in first]
+        known = set(self._clean())
+        return [run for run in (*first, *(run for run in others if run.kv_cache_dtype != plain)) if run in known]
 
     @property
     def runs(self) -> list[Run]:
         """All engines to start."""
-        return [dataclasses.replace(run, teacher=teacher) for run in self.configurations for teacher in self.kinds]
+        return [
+            dataclasses.replace(run, teacher=teacher)
+            for run in self.configurations
+            for teacher in self.kinds
+            if teacher or not self._is_reference(run)
+        ]
+
+    def _is_reference(self, run: Run) -> bool:
+        """Whether `run` only says what kernels may differ by; its answers are compared with nothing."""
+        return run.rerun and run.backend != self.backends[0]
 
     def pairs(self) -> list[tuple[str, Run, Run]]:
         """Kind, base and other of every comparison; `other` is the one in question."""
@@ -117,7 +139,8 @@ class Plan:
         if base == other or base.fault or base.rerun:
             return None
         if other.rerun:
-            return "rerun" if base.key == other.key else None
+            kind = "reference" if self._is_reference(other) else "rerun"
+            return kind if base.key == other.key else None
         if other.fault:
             return "fault" if base.key == other.key else None
         first, plain = self.backends[0], self.kv_cache_dtypes[0]

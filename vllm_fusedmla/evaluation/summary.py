@@ -189,14 +189,17 @@ def _judge_forced(plan: Plan, rows: list[dict[str, Any]], settings: dict[str, An
 def _references(rows: list[dict[str, Any]], run: Run, plan: Plan) -> tuple[list[dict[str, Any]], str]:
     """Pairs of other backends that say how far kernels are apart for a cache like that of `run`, and a name for them.
 
-    Where no two others have its cache, those of the first one: the same roundings, of other values.
+    Where no two others have its cache, those of the first one: the same roundings, of other values. Besides, another
+    backend's rerun with its cache: kernels need not agree more than that does with itself.
     """
-    found = [row for row in rows if row["kind"] == "reference"]
+    found = [row for row in rows if row["kind"] == "reference" and not row["run"].rerun]
     mine = _of_variant(found, run)
     plain = plan.kv_cache_dtypes[0]
     if mine or run.kv_cache_dtype == plain:
         return mine, "other backends"
-    return [row for row in found if row["run"].key[1:] == (plain, "")], f"other backends, {plain} cache"
+    borrowed = [row for row in found if row["run"].key[1:] == (plain, "")]
+    reruns = _of_variant([row for row in rows if row["kind"] == "reference" and row["run"].rerun], run)
+    return borrowed and borrowed + reruns, f"other backends, {plain} cache"
 
 
 def _of_variant(rows: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
