@@ -5,7 +5,7 @@ import dataclasses
 import random
 
 import torch
-from problems import Problem, make_problem, poisoned
+from problems import SPARSE_OUT_TOLERANCE, Problem, make_problem, poisoned
 
 from vllm_fusedmla.kernels import sparse_reference
 
@@ -22,6 +22,9 @@ class SparseProblem(Problem):
 
     def arguments(self) -> tuple:
         return self.q, self.cache, self.indices
+
+    def out_tolerance(self) -> tuple[float, float, float]:
+        return SPARSE_OUT_TOLERANCE
 
     def keywords(self) -> dict:
         """Keyword arguments beside k_scale that the problem itself needs."""

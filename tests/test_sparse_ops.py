@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from problems import FORMATS, LSE_TOLERANCE, OUT_TOLERANCE, assert_matches, cosine_difference, random_lengths
+from problems import FORMATS, LSE_TOLERANCE, SPARSE_OUT_TOLERANCE, assert_matches, cosine_difference, random_lengths
 from sparse_problems import TOO_FAR, make_sparse_problem
 
 from vllm_fusedmla import ops
@@ -157,7 +157,7 @@ def test_flash_mla_sparse_fwd(cache_format, layout_of_kv, device):
     empty = want_lse == -torch.inf
     assert empty[1].all() and empty[3].all() and not empty.all()
     assert (out[empty] == 0).all() and (lse[empty] == torch.inf).all() and (max_logits[empty] == -torch.inf).all()
-    absolute, relative, cosine = OUT_TOLERANCE["fp8"]  # that of all sparse attention
+    absolute, relative, cosine = SPARSE_OUT_TOLERANCE
     assert ((out.double() - want).abs() <= torch.clamp(want.abs() * relative, min=absolute)).all()
     assert cosine_difference(out, want) < cosine
     for got, expected in ((max_logits, want_max), (lse, want_lse)):
