@@ -153,20 +153,7 @@ QUICK = [
         "b1 h16 kv1024",
     )
 ]
-TARGET = [
-    Case.parse(name)
-    for name in (
-        *(f"b128 h{h} kv8192" for h in (16, 32, 64)),
-        "b32 h16 kv4096",
-        "b64 s_q2 h16 kv4096",
-        *(f"b1 h{h} kv131072" for h in (16, 128)),
-        *(f"b{b} h16 kv{kv}" for b in (1, 4, 8) for kv in (1024, 2048, 4096, 8192)),
-        "b1 h128 kv8192",
-        *(f"b128 h128 kv{kv}" for kv in (4096, 8192)),
-        "b128 s_q2 h128 kv4096",
-        *(f"b64 h{h} ragged256-65536" for h in (16, 128)),
-    )
-]
+TARGET = [Case.parse(name) for name in targets.DENSE]
 """The launch shapes that this project set itself targets for."""
 _OTHERS = [
     Case.parse(name)
