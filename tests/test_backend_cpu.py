@@ -18,15 +18,14 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+import vllm_layers  # noqa: E402
 from vllm.config import set_current_vllm_config  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, MLAAttentionImpl  # noqa: E402
-from vllm.v1.kv_cache_interface import MLAAttentionSpec  # noqa: E402
 from vllm.v1.worker import workspace  # noqa: E402
 
-from vllm_fusedmla import backend, cache_update, compat, envs, limits, metadata, plugin  # noqa: E402
+from vllm_fusedmla import backend, cache_update, compat, envs, limits, metadata  # noqa: E402
 from vllm_fusedmla.kernels import hopper, layout, select  # noqa: E402
 from vllm_fusedmla.kernels.plan import make_plan  # noqa: E402
 from vllm_fusedmla.kernels.select import MAX_S_Q  # noqa: E402
@@ -62,72 +61,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def engine_config(folder: Path, **options: Any) -> Any:
-    plugin.register()
-    arguments = {"attention_backend": "FUSEDMLA", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
-    arguments |= {"skip_tokenizer_init": True} | options
-    return EngineArgs(model=str(folder), **arguments).create_engine_config()
-
-
 @pytest.fixture
 def vllm_config(model_folder: Path) -> Iterator[Any]:
-    config = engine_config(model_folder)
+    config = vllm_layers.engine_config(model_folder)
     with set_current_vllm_config(config):
         yield config
 
 
 def make_impl(kv_cache_dtype: str = "auto", **changes: Any) -> backend.FusedMLAImpl:
-    arguments: dict[str, Any] = {
-        "num_heads": HEADS,
-        "head_size": 576,
-        "scale": SCALE,
-        "num_kv_heads": 1,
-        "alibi_slopes": None,
-        "sliding_window": None,
-        "kv_cache_dtype": kv_cache_dtype,
-        "logits_soft_cap": None,
-        "attn_type": "decoder",
-        "kv_sharing_target_layer_name": None,
-        "q_lora_rank": None,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 64,
-        "qk_head_dim": 128,
-        "v_head_dim": 128,
-        "kv_b_proj": None,
-    }
-    return backend.FusedMLAImpl(**{**arguments, **changes})
+    return backend.FusedMLAImpl(**{**vllm_layers.impl_arguments(HEADS, SCALE, kv_cache_dtype, None), **changes})
 
 
 def make_builder(config: Any, kv_cache_dtype: str = "auto") -> metadata.FusedMLAMetadataBuilder:
-    dims = {"q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128}
-    prefill = SimpleNamespace(get_name=lambda: "none", prepare_metadata=lambda meta: None)
-    prefill.clone = lambda: prefill
-    config.compilation_config.static_forward_context["attn"] = SimpleNamespace(
-        **dims, num_heads=HEADS, prefill_backend=prefill
-    )
-    dtype = torch.uint8 if kv_cache_dtype.startswith("fp8") else torch.bfloat16
-    spec = MLAAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=576, dtype=dtype, cache_dtype_str=kv_cache_dtype)
-    return metadata.FusedMLAMetadataBuilder(spec, ["attn"], config, torch.device("cpu"))
+    return vllm_layers.make_builder(metadata.FusedMLAMetadataBuilder, config, HEADS, PAGE, kv_cache_dtype, None)
 
 
 def step(query_lens: list[int], seq_lens: list[int], num_tokens: int | None = None) -> CommonAttentionMetadata:
-    """A decode step as vLLM's runner describes it; requests of query length 0 and length 0 are padding."""
-    b = len(seq_lens)
-    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
-    table = torch.randperm(PAGES - 1)[: b * 3].reshape(b, 3).to(torch.int32) + 1
-    return CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-        num_reqs=b,
-        num_actual_tokens=num_tokens or int(starts[-1]),
-        max_query_len=max(query_lens),
-        max_seq_len=max(seq_lens),
-        block_table_tensor=table,
-        slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64),
-        seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
-    )
+    return vllm_layers.step(query_lens, seq_lens, PAGES, num_tokens)
 
 
 def filled_cache(common: CommonAttentionMetadata, kv_cache_dtype: str, k_scale: torch.Tensor) -> torch.Tensor:
@@ -417,7 +367,7 @@ def test_impl_refuses_with_a_reason(vllm_config: Any, changes: dict[str, Any], w
 
 @pytest.mark.parametrize(("asked", "page"), [({}, 16), ({"block_size": 64}, 64)], ids=["default", "64"])
 def test_cpu_platform_is_configured_for_fusedmla(model_folder: Path, asked: dict[str, Any], page: int) -> None:
-    config = engine_config(model_folder, **asked)
+    config = vllm_layers.engine_config(model_folder, **asked)
     assert config.attention_config.backend.name == "FUSEDMLA"
     assert config.cache_config.block_size == page
     assert not config.cache_config.enable_prefix_caching  # as for the platform's own reference backend
@@ -425,11 +375,11 @@ def test_cpu_platform_is_configured_for_fusedmla(model_folder: Path, asked: dict
 
 
 def test_cpu_platform_is_untouched_for_other_backends(model_folder: Path) -> None:
-    config = engine_config(model_folder, attention_backend="CPU_MLA")
+    config = vllm_layers.engine_config(model_folder, attention_backend="CPU_MLA")
     assert config.attention_config.backend.name == "CPU_MLA"
     assert "-rotary_embedding" not in config.compilation_config.custom_ops
 
 
 def test_user_may_keep_the_rotary_op(model_folder: Path) -> None:
-    config = engine_config(model_folder, compilation_config={"custom_ops": ["+rotary_embedding"]})
+    config = vllm_layers.engine_config(model_folder, compilation_config={"custom_ops": ["+rotary_embedding"]})
     assert "-rotary_embedding" not in config.compilation_config.custom_ops

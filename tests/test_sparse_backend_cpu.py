@@ -18,24 +18,23 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+import vllm_layers  # noqa: E402
 from vllm.config import set_current_vllm_config  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.model_executor.layers.attention import sparse_mla_attention  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata  # noqa: E402
-from vllm.v1.kv_cache_interface import MLAAttentionSpec  # noqa: E402
 from vllm.v1.worker import workspace  # noqa: E402
 
 from evals.models.sparse_probe import ProbeConfig, hf_config  # noqa: E402
-from vllm_fusedmla import backend, cache_update, compat, limits, metadata, plugin, sparse_backend, sparse_metadata  # noqa: E402
+from vllm_fusedmla import backend, cache_update, compat, limits, metadata, sparse_backend, sparse_metadata  # noqa: E402
 from vllm_fusedmla.kernels import layout, reference  # noqa: E402
 
 if not current_platform.is_cpu():
     pytest.skip("needs vLLM's CPU build", allow_module_level=True)
 
 HEADS, PAGE, PAGES, TOPK, SCALE = 4, 64, 13, 64, 0.15
-DIMS = {"q_lora_rank": 96, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128}
+Q_LORA_RANK = 96
 
 
 @pytest.fixture(scope="module")
@@ -46,66 +45,27 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def engine_config(folder: Path, **options: Any) -> Any:
-    plugin.register()
-    arguments = {"attention_backend": "FUSEDMLA", "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
-    return EngineArgs(model=str(folder), skip_tokenizer_init=True, **(arguments | options)).create_engine_config()
-
-
 @pytest.fixture
 def vllm_config(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(sparse_mla_attention, "get_tensor_model_parallel_world_size", lambda: 1)
-    config = engine_config(model_folder)
+    config = vllm_layers.engine_config(model_folder)
     with set_current_vllm_config(config):
         yield config
 
 
 def make_impl(kv_cache_dtype: str = "auto", **changes: Any) -> sparse_backend.FusedMLASparseImpl:
-    arguments: dict[str, Any] = {
-        "num_heads": HEADS,
-        "head_size": 576,
-        "scale": SCALE,
-        "num_kv_heads": 1,
-        "alibi_slopes": None,
-        "sliding_window": None,
-        "kv_cache_dtype": kv_cache_dtype,
-        "logits_soft_cap": None,
-        "attn_type": "decoder",
-        "kv_sharing_target_layer_name": None,
-        **DIMS,
-        "qk_head_dim": 128,
-        "kv_b_proj": None,
-        "topk_indices_buffer": torch.full((600, TOPK), -1, dtype=torch.int32),
-    }
+    arguments = vllm_layers.impl_arguments(HEADS, SCALE, kv_cache_dtype, Q_LORA_RANK)
+    arguments["topk_indices_buffer"] = torch.full((600, TOPK), -1, dtype=torch.int32)
     return sparse_backend.FusedMLASparseImpl(**{**arguments, **changes})
 
 
 def make_builder(config: Any, kv_cache_dtype: str = "auto") -> sparse_metadata.FusedMLASparseMetadataBuilder:
-    prefill = SimpleNamespace(get_name=lambda: "none", prepare_metadata=lambda meta: None)
-    prefill.clone = lambda: prefill
-    layer = SimpleNamespace(**DIMS, num_heads=HEADS, prefill_backend=prefill)
-    config.compilation_config.static_forward_context["attn"] = layer
-    dtype = torch.uint8 if kv_cache_dtype.startswith("fp8") else torch.bfloat16
-    spec = MLAAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=576, dtype=dtype, cache_dtype_str=kv_cache_dtype)
-    return sparse_metadata.FusedMLASparseMetadataBuilder(spec, ["attn"], config, torch.device("cpu"))
+    builder = sparse_metadata.FusedMLASparseMetadataBuilder
+    return vllm_layers.make_builder(builder, config, HEADS, PAGE, kv_cache_dtype, Q_LORA_RANK)
 
 
 def step(query_lens: list[int], seq_lens: list[int], num_tokens: int | None = None) -> CommonAttentionMetadata:
-    """A step as vLLM's runner describes it; requests of query length 0 and length 0 are padding."""
-    b = len(seq_lens)
-    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
-    return CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-        num_reqs=b,
-        num_actual_tokens=num_tokens or int(starts[-1]),
-        max_query_len=max(query_lens),
-        max_seq_len=max(seq_lens),
-        block_table_tensor=torch.randperm(PAGES - 1)[: b * 3].reshape(b, 3).to(torch.int32) + 1,
-        slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64),
-        seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
-    )
+    return vllm_layers.step(query_lens, seq_lens, PAGES, num_tokens)
 
 
 class Case:
