@@ -25,7 +25,7 @@ def test_every_command_is_understood(tmp_path: Path) -> None:
     (tmp_path / "bin" / "python").write_text(RECORDER)
     (tmp_path / "bin" / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "RECORD": str(tmp_path / "record")}
-    script = ["bash", ROOT / "evals" / "matrix.sh", tmp_path / "out", tmp_path / "models"]
+    script = ["bash", f"{ROOT}/evals/matrix.sh", f"{tmp_path}/out", f"{tmp_path}/models"]
     said = subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout
     commands = [json.loads(line) for line in (tmp_path / "record").read_text().splitlines()]
     prepared = {command[2] for command in commands if command[2] != "vllm_fusedmla"}
