@@ -10,6 +10,7 @@ import sys
 
 import forced
 import torch
+from indexer_problems import check_topk
 from problems import assert_matches, make_problem
 from sparse_problems import make_sparse_problem
 
@@ -58,9 +59,18 @@ def gather() -> None:
             assert_matches(problem, *results)
 
 
+def select_keys() -> None:
+    """The indexer's top-k, of rows that end where their memory does."""
+    for rows, n in ((1, 70_001), (5, 9_000), (40, 3_000)):
+        x = torch.randn(rows, n, device="cuda")
+        ends = torch.tensor([n, *(random.randint(0, n) for _ in range(rows - 1))], dtype=torch.int32, device="cuda")
+        check_topk(x, ends, 2048)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["hopper"]:
         gather()
+        select_keys()
         main(HOPPER)
     else:
         main(PORTABLE)

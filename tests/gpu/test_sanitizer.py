@@ -15,7 +15,7 @@ from vllm_fusedmla.kernels import hopper
 HERE = pathlib.Path(__file__).parent
 KERNELS = {
     "portable": ["schedule_kernel", "decode_kernel", "_combine_kernel"],
-    "hopper": ["swapab", "twowg"],
+    "hopper": ["swapab", "twowg", "topk"],
 }
 
 
