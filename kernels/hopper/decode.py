@@ -17,17 +17,26 @@ from .params import Params, Schedule, Strides
 _GROUP = 8  # tokens of a copy: kGroup in params.cuh
 
 
+def copied_groups(page_size: int) -> int:
+    """Groups of tokens that a copy takes from a page."""
+    return min(64, page_size & -page_size) // _GROUP
+
+
 def tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
-    """Descriptors of a paged cache: latent part in blocks of 128 bytes; of 8-bit caches also rope part and scales."""
+    """Descriptors of a paged cache: latent part in blocks of 128 bytes; of 8-bit caches also rope part and scales.
+
+    A copy brings as many groups of tokens as surely lie in one page, at most a tile.
+    """
     pages, page_size = cache.shape[:2]
     start, row, page = cache.data_ptr(), layout.row_bytes(name), cache.stride(0) * cache.element_size()
+    groups = copied_groups(page_size)
 
     def blocks(width: int, count: int, element_bytes: int) -> bytes:
-        shape, box = (width, page_size, count, pages), (width, _GROUP, count, 1)
-        return launch.tensor_map(start, element_bytes, shape, (row, 128, page), box, 128)
+        shape, box = (width, _GROUP, count, page_size // _GROUP, pages), (width, _GROUP, count, groups, 1)
+        return launch.tensor_map(start, element_bytes, shape, (row, 128, _GROUP * row, page), box, 128)
 
     def part(offset: int, width: int, swizzle: int) -> bytes:
-        shape, box = (width, page_size, pages), (width, _GROUP, 1)
+        shape, box = (width, page_size, pages), (width, _GROUP * groups, 1)
         return launch.tensor_map(start + offset, 1, shape, (row, page), box, swizzle)
 
     if name in ("bf16", "fp16"):
@@ -44,7 +53,7 @@ def twowg_tensor_maps(cache: torch.Tensor, name: str) -> tuple[bytes, ...]:
     pages, page_size = cache.shape[:2]
     size, start = cache.element_size(), cache.data_ptr()
     row, page = layout.row_bytes(name), cache.stride(0) * size
-    groups = min(64, page_size & -page_size) // _GROUP  # that a copy takes from a page
+    groups = copied_groups(page_size)
 
     def blocks(offset: int, width: int, count: int, copied: int) -> bytes:
         shape, box = (width, _GROUP, count, page_size // _GROUP, pages), (width, _GROUP, copied, groups, 1)

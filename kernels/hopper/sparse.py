@@ -61,6 +61,7 @@ def sparse_decode(
         p.schedule.fixed_tiles = s_q == blocks == 1 and page_size > 1 and read < _SHORT_READ
         device = torch.cuda.current_device()
         cluster = list_parts(tokens * blocks, topk, plan.params, lambda size: launch.most_clusters(name, size, device))
+        p.schedule.min_share = -(-topk // (plan.params.block_n * cluster))  # a CTA's tiles where a list is full
         grid = (cluster * tokens if cluster > 1 else min(tokens, plan.params.num_programs)), blocks
     launch.launch(name, p, grid, cluster, together=plan.config.kernel != "swapab_gather")
     del arrivals, indices, q_nope, q_rope  # alive until the launch

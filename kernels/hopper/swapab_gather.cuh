@@ -5,6 +5,7 @@
 
 #include "listed.cuh"
 #include "swapab_listed.cuh"
+#include "swapab_store.cuh"
 
 namespace {
 
@@ -20,15 +21,19 @@ class Gatherer {
   public:
     __device__ Gatherer(const Params& p, const Shared& shared) : p_(p), shared_(shared) {}
 
-    // Entries are read two tiles ahead. A tile's pages are looked up as soon as the one before is on its way.
+    // Entries are read three tiles ahead. A tile's pages are looked up as soon as the one before is on its way.
     __device__ void gather_item(const Item& item) {
-        Entries entries = entries_of(item, item.tile_begin), later = entries_of(item, item.tile_begin + 1);
+        const int begin = item.tile_begin;
+        Entries entries = entries_of(item, begin), later = entries_of(item, begin + 1);
+        Entries latest = entries_of(item, begin + 2);
+        if (!ready_) named_barrier_sync(kReady, kThreads);  // barriers are
+        ready_ = true;
 #pragma unroll 1
-        for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
-            const Source source = source_of(item, entries);
+        for (int tile = begin; tile < item.tile_end; ++tile) {
+            copy_rows(source_of(item, entries));
             entries = later;
-            later = entries_of(item, tile + 2);
-            copy_rows(source);
+            later = latest;
+            latest = entries_of(item, tile + 3);
         }
     }
 
@@ -88,7 +93,9 @@ class Gatherer {
     const Params& p_;
     const Shared& shared_;
     TileRing ring_;
-    // `fixed_tiles` has no other use here: not 0 where no other list names the rows, and L2 may keep what else it holds.
+    bool ready_ = false;
+    // `fixed_tiles` has no other use here: not 0 where no other list names the rows, and L2 may keep what else it
+    // holds.
     const uint64_t policy_ = p_.schedule.fixed_tiles ? kEvictFirst : kEvictNormal;
 };
 

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel around a kernel's `attend`: roles of the warps, and merging split requests.
-// Included by a kernel after it has defined `attend`.
+// The kernel for paged requests: roles of the warps, and merging split requests.
+// Included by a kernel after it has defined FORMAT, Element, N and Layout.
 #pragma once
 
 #include "swapab_copy.cuh"
+#include "swapab_join.cuh"
+
+#include "swapab_attend.cuh"
 
 namespace {
 
@@ -11,22 +14,46 @@ __device__ inline unsigned* counter_of(const Params& p, const Item& item) {
     return p.arrivals + item.request * gridDim.x + blockIdx.x;
 }
 
+// The request whose query a program is likely to need first, -1 if that cannot be told without the lengths.
+__device__ inline int likely_request(const Params& p) {
+    if (p.schedule.batch_invariant || p.schedule.b > p.schedule.programs) return -1;
+    const int request = divide(blockIdx.y, divide(p.schedule.programs, p.schedule.b));
+    return request < p.schedule.b ? request : -1;
+}
+
+__device__ void merge(const Params& p, const Shared& shared, const Item& item) {
+    const int row0 = first_row_of_block(), rows = min(p.s_q * p.h_q - row0, N);
+    const bool to_fp16 = out_is_fp16(p);
+    if (item.pieces > 4)
+        MergeShare<kConsumers, 1, 8>(p, item, row0, rows, threadIdx.x).run(to_fp16, kAllConsumers, shared.scratch());
+    else
+        MergeShare<kConsumers, 4, 2>(p, item, row0, rows, threadIdx.x).run(to_fp16, kAllConsumers, shared.scratch());
+}
+
 __device__ void consume(const Params& p, const Shared& shared) {
     Ring<Layout::kItems> items;
     Ring<Layout::kStages> stages;
+    int wanted = likely_request(p), loaded = -1;  // whose query
     while (true) {
+        if (wanted != loaded) {
+            load_query(p, shared, wanted);
+            loaded = wanted;
+        }
         mbarrier_wait(shared.item_full(items.stage()), items.phase());
         const Task& task = *shared.item(items.stage());  // stays there: registers are scarce
         if (task.step == Step::kEnd) break;
         const Item& item = task.item;
         if (task.step == Step::kAttend) {
+            wanted = item.request;
+            if (wanted != loaded) continue;
+            named_barrier_sync(kAllConsumers, kConsumers);  // all of it is there
             attend(p, shared, stages, item);
+            wanted = loaded = -1;
             if (item.slot >= 0 && threadIdx.x == 0) publish(counter_of(p, item), item.pieces);
         } else {
             if (threadIdx.x == 0) wait_for_pieces(counter_of(p, item), item.pieces);
             named_barrier_sync(kAllConsumers, kConsumers);
-            merge_share<kConsumers>(p, item, first_row_of_block(), min(p.s_q * p.h_q - first_row_of_block(), N),
-                                    out_is_fp16(p), threadIdx.x, kAllConsumers, shared.scratch());
+            merge(p, shared, item);
             if (threadIdx.x == 0) leave(counter_of(p, item), item.pieces);
         }
         items.count = task.number;  // not kept in a register meanwhile
@@ -39,7 +66,7 @@ __device__ void consume(const Params& p, const Shared& shared) {
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const __grid_constant__ Params p) {
     const Shared shared;
-    if (threadIdx.x == kConsumers) {
+    if (threadIdx.x == 0) {  // the copying warp has more to do before it needs them
         for (int stage = 0; stage < Layout::kStages; ++stage) {
             mbarrier_init(shared.full(stage), 1);
             mbarrier_init(shared.empty(stage), Layout::kReleases);
@@ -49,14 +76,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
             mbarrier_init(shared.item_empty(i), kConsumers);
         }
         fence_mbarrier_init();
-        tma_prefetch(&p.latent);
-        if (FORMAT != Format::kSixteenBit) tma_prefetch(&p.rope);
     }
-    __syncthreads();
     launch_dependents();
     wait_for_predecessor();
     if (threadIdx.x < kConsumers) {
+        __syncwarp();
+        named_barrier_arrive(kReady, kConsumers + kWarp);
         raise_registers<kConsumerRegisters>();
+        named_barrier_sync(kAllConsumers, kConsumers);  // barriers are there
         consume(p, shared);
     } else {
         lower_registers<kProducerRegisters>();

@@ -4,7 +4,7 @@
 // Included by a kernel after it has defined FORMAT, Element, N and Layout.
 #pragma once
 
-#include "swapab_shared.cuh"
+#include "swapab_store.cuh"
 #include "swapab_tile.cuh"
 
 namespace {
@@ -12,8 +12,8 @@ namespace {
 constexpr int kSlotsOfTile = Layout::kCopiers;
 
 struct Shared : SharedOperands {
-    __device__ uint32_t slot(unsigned i) const { return address + i * Layout::kSlotBytes; }
-    __device__ uint32_t full(unsigned i) const { return address + Layout::kBarriers + i * 8; }
+    __device__ uint32_t slot(unsigned i) const { return address() + i * Layout::kSlotBytes; }
+    __device__ uint32_t full(unsigned i) const { return address() + Layout::kBarriers + i * 8; }
     __device__ uint32_t empty(unsigned i) const { return full(i + Layout::kSlots); }
     __device__ uint32_t* valid(unsigned i) const { return reinterpret_cast<uint32_t*>(base + Layout::kValid) + i; }
     __device__ struct ListedTile tile(const struct ListedTile& tile) const;
@@ -21,14 +21,13 @@ struct Shared : SharedOperands {
 
 // A tile whose rows lie in four slots that follow one another.
 struct ListedTile {
-    uint32_t address;  // of slot 0
     unsigned first;
     __device__ unsigned slot(unsigned i) const {
         return first + i < Layout::kSlots ? first + i : first + i - Layout::kSlots;
     }
     __device__ uint32_t row(unsigned token) const {
         constexpr unsigned kRows = Layout::kSlotRows;
-        return address + slot(token / kRows) * Layout::kSlotBytes + token % kRows * Layout::kPitch;
+        return SharedOperands().address() + slot(token / kRows) * Layout::kSlotBytes + token % kRows * Layout::kPitch;
     }
 };
 __device__ inline ListedTile Shared::tile(const ListedTile& tile) const { return tile; }
@@ -40,9 +39,10 @@ struct TileRing {
     __device__ unsigned slot(unsigned i) const { return (count + i) % Layout::kSlots; }
     __device__ uint32_t phase(unsigned i) const { return (count + i) / Layout::kSlots & 1; }
     __device__ void advance() { count += kSlotsOfTile; }
+    __device__ void retreat() { count -= kSlotsOfTile; }
 };
 
-__device__ inline Place place_of(const TileRing& ring) { return {smem_address(shared_memory), ring.slot(0)}; }
+__device__ inline Place place_of(const TileRing& ring) { return {ring.slot(0)}; }
 __device__ inline void wait_for_tile(const Shared& shared, const TileRing& ring) {
 #pragma unroll
     for (int i = 0; i < kSlotsOfTile; ++i) mbarrier_wait(shared.full(ring.slot(i)), ring.phase(i));
@@ -53,12 +53,21 @@ __device__ inline void release_tile(const Shared& shared, const TileRing& ring) 
     if (lane < kSlotsOfTile) mbarrier_arrive(shared.empty(ring.slot(lane)));
 }
 
+// Room of a tile that has been read, for quarter i of a half of a warpgroup's results.
+__device__ inline float4* room_in(const Shared& shared, const Place& tile, int i) {
+    static_assert(N * 64 * 4 <= Layout::kSlotBytes && kSlotsOfTile == 4);
+    return reinterpret_cast<float4*>(shared.base + tile.slot(i) * Layout::kSlotBytes);
+}
+
 // Whether any key of the tile is there.
-__device__ inline bool prepare_tile(const Shared& shared, const Place& tile, int, const Item&) {
+__device__ inline bool has_keys(const Shared& shared, const Place& tile) {
     uint32_t any = 0;
 #pragma unroll
     for (int i = 0; i < kSlotsOfTile; ++i) any |= *shared.valid(tile.slot(i));
     return any != 0;
+}
+__device__ inline bool prepare_tile(const Shared& shared, const Place& tile, int, const Item&) {
+    return has_keys(shared, tile);
 }
 
 __device__ inline void mask_tile(const Params&, const Shared& shared, const Place& tile, int, const Item&,
@@ -75,7 +84,7 @@ __device__ inline uint32_t latent_unit(const ListedTile& tile, int token, int un
 
 // The four scales of a token of fp8_ds_mla.
 __device__ inline float4 scales_of(const Shared& shared, const Place& tile, int token) {
-    return *reinterpret_cast<const float4*>(shared.base + (tile.row(token) - shared.address) + kLatent);
+    return *reinterpret_cast<const float4*>(shared.base + (tile.row(token) - shared.address()) + kLatent);
 }
 
 // Scores over STEPS x 16 elements of 16 bits, from byte FIRST of a row on; without WAIT they are begun.
@@ -124,28 +133,30 @@ __device__ inline void scores_16bit(float (&s)[N / 2], const ListedTile& tile, u
     scores_of_elements<T, 36, 0>(s, tile, query);
 }
 
-template <typename T, int>
-__device__ inline void accumulate_16bit(float (&o)[8][N / 2], const ListedTile& tile, uint32_t weights) {
-    constexpr int kBatch = 2 * kFragmentBatch<N>, kBatches = 4 * 8 / kBatch;
+template <typename T, int, int BLOCKS>
+__device__ inline void accumulate_16bit(float (&o)[BLOCKS][N / 2], const ListedTile& tile, uint32_t weights,
+                                        int first = 0) {
+    constexpr int kBatch = 2 * kFragmentBatch<N>, kBatches = 4 * BLOCKS / kBatch;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
     uint32_t raw[2][kBatch][4];
     const auto load = [&](int batch) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            const int at = batch * kBatch + i, token = at / 8 * 16 + lane / 16 * 8 + lane % 8;
-            ldmatrix_x4_trans(raw[batch % 2][i], latent_unit(tile, token, at % 8 * 8 + warp * 2 + lane / 8 % 2));
+            const int at = batch * kBatch + i, token = at / BLOCKS * 16 + lane / 16 * 8 + lane % 8;
+            const int unit = (first + at % BLOCKS) * 8 + warp * 2 + lane / 8 % 2;
+            ldmatrix_x4_trans(raw[batch % 2][i], latent_unit(tile, token, unit));
         }
     };
     load(0);
 #pragma unroll
-    for (int block = 0; block < 8; ++block) keep_in_order(o[block]);
+    for (int block = 0; block < BLOCKS; ++block) keep_in_order(o[block]);
 #pragma unroll
     for (int batch = 0; batch < kBatches; ++batch) {
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
             const int at = batch * kBatch + i;
-            Wgmma<T, N>::registers(o[at % 8], raw[batch % 2][i], descriptor_128b(weights) + at / 8 * 2, true);
+            Wgmma<T, N>::registers(o[at % BLOCKS], raw[batch % 2][i], descriptor_128b(weights) + at / BLOCKS * 2, true);
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -153,7 +164,17 @@ __device__ inline void accumulate_16bit(float (&o)[8][N / 2], const ListedTile& 
     }
     wgmma_wait<0>();
 #pragma unroll
-    for (int block = 0; block < 8; ++block) keep_in_order(o[block]);
+    for (int block = 0; block < BLOCKS; ++block) keep_in_order(o[block]);
+}
+
+__device__ inline void store_log_sum(const Params& p, const Shared&, const Item& item, int n, float log_sum) {
+    const int head = first_row_of_block() + n;
+    if (head < p.h_q) p.lse[int64_t(item.request) * p.h_q + head] = log_sum * 0.6931471805599453f;
+}
+
+__device__ inline void store_results(const Params& p, const Shared& shared, const Item& item,
+                                     const float (&o)[4][N / 2]) {
+    store_whole(p, shared, item.request, first_row_of_block(), o);
 }
 
 }  // namespace

@@ -2,12 +2,12 @@
 // Shared memory of the swap-AB kernel: what lies where, for each cache format and number of query rows.
 #pragma once
 
-#include "splitkv.cuh"
+#include "swapab_merge.cuh"
 
 enum class Format { kSixteenBit, kFp8, kFp8DsMla };
 
 constexpr int kConsumers = 256;  // two warpgroups
-constexpr int kThreads = kConsumers + kWarpgroup;  // of the third warpgroup one warp copies; its registers go to the others
+constexpr int kThreads = kConsumers + kWarpgroup;  // one warp of the third copies; its registers go to the others
 constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kBlock = kGroup * 128;  // bytes of 8 tokens x 128 bytes: what a swizzle permutes
@@ -19,13 +19,14 @@ struct Operands {
     // The query: N rows in nine blocks of 64 elements. Reused to turn the result around.
     static constexpr int kQueryBlock = N * 128;
     static constexpr int kQueryBytes = 9 * kQueryBlock;
-    static constexpr int kResultPitch = kLatent + 16;  // bytes of half a result row of 16-bit values, and against bank conflicts
+    static constexpr int kResultPitch = kLatent + 16;  // bytes: half a row of 16-bit values, and against bank conflicts
     // Weights: N rows of 64 tokens for each warpgroup, one version for each scale group of a token.
     static constexpr int kWeightVersions = FORMAT == Format::kFp8DsMla ? 4 : 1;
     static constexpr int kWeightBytes = N * 128;
-    static constexpr int kExchangeFloats = 2 * 4 * N + 2 * N + N;  // per warp and column, per warpgroup and column, row scales
-    static_assert(2 * N * kResultPitch <= kQueryBytes && 2 * 2 * N * 64 * 4 <= kQueryBytes);  // results, parcels
-    static_assert(merge_scratch(kConsumers, N) * 4 <= kQueryBytes);
+    // Maxima and sums by warp and row, scales of rows, maxima by warpgroup and row.
+    static constexpr int kExchangeFloats = 2 * 8 * N + N + 2 * N;
+    static_assert(2 * N * kResultPitch <= kQueryBytes);
+    static_assert(kConsumers * 6 * 4 <= kQueryBytes);  // what merging brings together
     static_assert(kQueryBlock % 1024 == 0);
 };
 
@@ -51,13 +52,20 @@ struct Plan : Operands<FORMAT, N> {
     static constexpr int kQuery = kStages * kStageBytes;
     static constexpr int kWeights = kQuery + kQueryBytes;
     static constexpr int kExchange = kWeights + 2 * kWeightVersions * kWeightBytes;
-    static constexpr int kRowScale = kExchange + 10 * N * 4;
+    static constexpr int kRowScale = kExchange + 16 * N * 4;
     static constexpr int kBarriers = kExchange + kExchangeFloats * 4;
     static constexpr int kItemQueue = kBarriers + 16 * (kStages + kItems);
     static constexpr int kBytes = kItemQueue + kItems * kItemBytes;
     static_assert(kStages >= 2 && kBytes <= kSharedLimit);
     static_assert(kStageBytes % 1024 == 0);
 };
+
+// Slots of a ring that fit shared memory beside `fixed` bytes: their rows, aligned, two barriers and a word for each.
+constexpr int most_slots(int slot_bytes, int fixed) {
+    int slots = 24;
+    while ((slots * slot_bytes + 1023) / 1024 * 1024 + 20 * slots + fixed > kSharedLimit) --slots;
+    return slots;
+}
 
 // Of listed keys. Rows lie as they do in memory, some padded so that eight of them are in different banks; they are
 // operands through registers only. The ring's slots hold what a copying warp brings of a tile.
@@ -68,26 +76,26 @@ struct ListedPlan : Operands<FORMAT, N> {
     static constexpr int kPitch = kRowBytes / 16 % 2 ? kRowBytes : kRowBytes + 16;
     static constexpr int kCopiers = 4;  // warps
     static constexpr int kSlotRows = kTile / kCopiers, kSlotBytes = kSlotRows * kPitch;
-    static constexpr int kMostSlots = 24;
+    // Results of a cluster's CTAs, brought together at the end of the ring: see swapab_cluster.cuh.
+    static constexpr int kMostRanks = 16;
+    static constexpr int kColumnSets = kLatent / 16, kSetBytes = N * 16 * 4;
+    static constexpr int kRowSumBytes = kMostRanks * N * 8, kOwnerBytes = kColumnSets * 8;
     static constexpr int kFixedBytes = kQueryBytes + 2 * kWeightVersions * kWeightBytes + kExchangeFloats * 4 +
-                                       24 * kMostSlots + 1023 /* barriers and such, alignment */;
-    static constexpr int kSlots = (kSharedLimit - kFixedBytes) / kSlotBytes < kMostSlots
-                                      ? (kSharedLimit - kFixedBytes) / kSlotBytes
-                                      : kMostSlots;
+                                       kRowSumBytes + kOwnerBytes + 16 /* barriers of a cluster */;
+    static constexpr int kSlots = most_slots(kSlotBytes, kFixedBytes);
 
     static constexpr int kQuery = (kSlots * kSlotBytes + 1023) / 1024 * 1024;
     static constexpr int kWeights = kQuery + kQueryBytes;
     static constexpr int kExchange = kWeights + 2 * kWeightVersions * kWeightBytes;
-    static constexpr int kRowScale = kExchange + 10 * N * 4;
-    static constexpr int kBarriers = kExchange + kExchangeFloats * 4;
-    static constexpr int kValid = kBarriers + 16 * kSlots;  // for each slot, which of its rows are there
+    static constexpr int kRowScale = kExchange + 16 * N * 4;
+    static constexpr int kRowSums = kExchange + kExchangeFloats * 4;
+    static constexpr int kOwners = kRowSums + kRowSumBytes;
+    static constexpr int kBarriers = kOwners + kOwnerBytes;
+    static constexpr int kClusterBarriers = kBarriers + 16 * kSlots;
+    static constexpr int kValid = kClusterBarriers + 16;  // for each slot, which of its rows are there
     static constexpr int kBytes = kValid + 4 * kSlots;
-    // Results of a cluster's CTAs, brought together in the ring when it is empty: see swapab_cluster.cuh.
-    static constexpr int kMostRanks = 16;
-    static constexpr int kColumnSets = kLatent / 16, kSetBytes = N * 16 * 4;
-    static constexpr int kPartialLse = (kColumnSets + kMostRanks) * kSetBytes;
-    static constexpr int kParcels = kPartialLse + kMostRanks * N * 4;  // of the warpgroups
-    static_assert(kParcels + 2 * kColumnSets * kSetBytes / (N > 16 ? 2 : 1) <= kSlots * kSlotBytes);
-    static_assert(kMostRanks * N * 4 + kColumnSets * 4 <= kQueryBytes);
+    static constexpr int kLandingBytes = (kColumnSets + kMostRanks) * kSetBytes;
+    static constexpr int kLanding = (kSlots * kSlotBytes - kLandingBytes) / 16 * 16;  // if it may be anywhere
+    static_assert(kLanding >= 0 && kMostRanks * N * 4 <= kQueryBytes);  // their weights where the query was
     static_assert(kSlots >= 8 && kBytes <= kSharedLimit && kSlotBytes % 16 == 0 && kRowBytes % 16 == 0);
 };

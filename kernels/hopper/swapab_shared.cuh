@@ -13,17 +13,29 @@ template <>
 constexpr bool is_fp16<fp16> = true;
 constexpr bool kElementIsFp16 = is_fp16<Element>;
 constexpr int kColumns = N / 4;  // query rows that a lane holds scores of
-constexpr int kAllConsumers = 1, kFirstWarpgroup = 2;  // named barriers
+constexpr int kAllConsumers = 1, kFirstWarpgroup = 2, kReady = 4, kSummed = 5, kWeighed = 6;  // named barriers
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
 struct SharedOperands {  // names for the places of Layout; holds nothing
     uint8_t* const base = shared_memory;
-    const uint32_t address = smem_address(shared_memory);
+    // Made anew where it is needed: registers are scarce.
+    __device__ uint32_t address() const {
+        uint32_t address = smem_address(shared_memory);
+        asm volatile("" : "+r"(address));
+        return address;
+    }
     __device__ float* exchange() const { return reinterpret_cast<float*>(base + Layout::kExchange); }
     __device__ float* row_scale() const { return reinterpret_cast<float*>(base + Layout::kRowScale); }
+    __device__ float* sums() const { return exchange() + 8 * N; }
+    __device__ float* tops() const { return row_scale() + N; }
     __device__ float* scratch() const { return reinterpret_cast<float*>(base + Layout::kQuery); }
+    __device__ float4* parcels() const { return reinterpret_cast<float4*>(scratch()); }
 };
+
+__device__ inline void named_barrier_arrive(int id, int threads) {
+    asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 template <int SIZE>
 struct Ring {
@@ -39,7 +51,8 @@ __device__ inline bool out_is_fp16(const Params& p) {
 }
 
 __device__ inline float k_scale_of(const Params& p) {
-    return FORMAT != Format::kFp8 ? 1.f : p.k_scale ? *p.k_scale : p.k_scale_value;
+    if constexpr (FORMAT != Format::kFp8) return 1.f;
+    return p.k_scale ? *p.k_scale : p.k_scale_value;
 }
 
 // Read anew where it is needed: registers are scarce.

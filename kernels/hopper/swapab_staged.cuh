@@ -19,8 +19,8 @@ struct alignas(16) Task {
 static_assert(sizeof(Task) == Layout::kItemBytes);
 
 struct Shared : SharedOperands {
-    __device__ uint32_t tile(int stage) const { return address + stage * Layout::kStageBytes; }
-    __device__ uint32_t full(int stage) const { return address + Layout::kBarriers + stage * 8; }
+    __device__ uint32_t tile(int stage) const { return address() + stage * Layout::kStageBytes; }
+    __device__ uint32_t full(int stage) const { return address() + Layout::kBarriers + stage * 8; }
     __device__ uint32_t empty(int stage) const { return full(stage + Layout::kStages); }
     __device__ uint32_t item_full(int i) const { return full(2 * Layout::kStages + i); }
     __device__ uint32_t item_empty(int i) const { return item_full(i + Layout::kItems); }
@@ -38,16 +38,20 @@ __device__ inline void release_tile(const Shared& shared, const TileRing& ring) 
     mbarrier_arrive(shared.empty(ring.stage()));
 }
 
-// Rows past the end of a request hold whatever the page holds, or nothing was copied: with weight 0, but 0 x NaN is NaN.
+// Rows past the end of a request hold whatever the page holds, or nothing was copied: their weight is 0, but 0 x NaN is
+// NaN.
 __device__ void clear_rows_from(uint8_t* tile, int first, int thread) {
     constexpr int kUnits = FORMAT == Format::kSixteenBit ? 64 : 32;  // of 16 bytes in the latent part of a row
     for (int i = thread; i < (kTile - first) * kUnits; i += kWarpgroup) {
         const int row = first + i / kUnits, unit = i % kUnits;
-        uint8_t* at = tile + row / kGroup * Layout::kGroupBytes + unit / 8 * kBlock + row % kGroup * 128 + unit % 8 * 16;
+        uint8_t* at =
+            tile + row / kGroup * Layout::kGroupBytes + unit / 8 * kBlock + row % kGroup * 128 + unit % 8 * 16;
         *reinterpret_cast<uint4*>(at) = {0, 0, 0, 0};
     }
     fence_proxy_async();
 }
+
+__device__ inline bool has_keys(const Shared&, int) { return true; }
 
 // Makes a tile fit to be multiplied.
 __device__ inline bool prepare_tile(const Shared& shared, int stage, int tile, const Item& item) {
@@ -104,12 +108,6 @@ __device__ inline void store_log_sum(const Params& p, const Shared&, const Item&
         p.lse[int64_t(item.request) * rows + row] = log_sum * 0.6931471805599453f;
     else
         __stcg(p.partial_lse + int64_t(item.slot) * rows + row, log_sum);
-}
-
-// There is no cluster that would share a request.
-__device__ inline bool merge_in_cluster(const Params&, const Shared&, const Item&, float, const float (&)[8][N / 2],
-                                        const float (&)[kColumns], const float (&)[kColumns]) {
-    return false;
 }
 
 __device__ inline void store_results(const Params& p, const Shared& shared, const Item& item,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two matrix products of a tile with the tokens on wgmma's M side and the query rows on its N side.
 //
-// Scores S^T = K Q^T: 64 tokens x N rows. Results O^T += V^T P^T: eight blocks of 64 latent columns x N rows. A warp has
-// 16 tokens of S^T and 16 columns of each block of O^T; its lane 4g + j holds tokens (columns) g and g + 8, rows
-// 8i + 2j and 8i + 2j + 1.
+// Scores S^T = K Q^T: 64 tokens x N rows. Results O^T += V^T P^T: eight blocks of 64 latent columns x N rows, or four.
+// A warp has 16 tokens of S^T and 16 columns of each block of O^T; its lane 4g + j holds tokens (columns) g and g + 8,
+// rows 8i + 2j and 8i + 2j + 1.
 #pragma once
 
 #include "swapab_plan.cuh"
@@ -29,24 +29,25 @@ __device__ inline void scores_16bit(float (&s)[N / 2], uint32_t tile, uint32_t q
     keep_in_order(s);
 }
 
-template <typename T, int N>
-__device__ inline void accumulate_16bit(float (&o)[8][N / 2], uint32_t tile, uint32_t weights) {
+// Results of BLOCKS blocks of 64 columns, from `first` on.
+template <typename T, int N, int BLOCKS>
+__device__ inline void accumulate_16bit(float (&o)[BLOCKS][N / 2], uint32_t tile, uint32_t weights, int first = 0) {
     uint64_t p = descriptor_128b(weights);
 #pragma unroll
-    for (int block = 0; block < 8; ++block) keep_in_order(o[block]);
+    for (int block = 0; block < BLOCKS; ++block) keep_in_order(o[block]);
     wgmma_fence();
     constexpr int kGroupBytes = 9 * kBlock;
-    uint64_t v = descriptor_128b(tile, kGroupBytes);
+    uint64_t v = descriptor_128b(tile + first * kBlock, kGroupBytes);
 #pragma unroll
     for (int step = 0; step < 4; ++step, v += 2 * kGroupBytes / 16, p += 2) {
 #pragma unroll
-        for (int block = 0; block < 8; ++block)
+        for (int block = 0; block < BLOCKS; ++block)
             Wgmma<T, N>::template shared<true>(o[block], v + block * (kBlock / 16), p, true);
     }
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
-    for (int block = 0; block < 8; ++block) keep_in_order(o[block]);
+    for (int block = 0; block < BLOCKS; ++block) keep_in_order(o[block]);
 }
 
 // ---- 8-bit caches: fragments of bytes, widened to fp16 in registers ----
@@ -140,17 +141,18 @@ __device__ inline void scores_in_groups(const Tile& tile, uint32_t query, const 
     add(3, s[1]);
 }
 
-// O^T += V^T P^T over BLOCKS x 64 columns. Bytes are loaded as pairs of columns and transposed as such: the even columns of a warp's 16 become its
-// rows g, the odd ones its rows g + 8. Weights version `block / 2 * VERSION_BYTES` belongs to a scale group.
+// O^T += V^T P^T over BLOCKS x 64 columns from block `first` on. Bytes are loaded as pairs of columns and transposed as
+// such: the even columns of a warp's 16 become its rows g, the odd ones its rows g + 8. Weights version
+// `block / 2 * VERSION_BYTES` belongs to a scale group, blocks counted from `first`.
 template <int N, int BLOCKS, int VERSION_BYTES, typename Tile>
-__device__ inline void accumulate_8bit(float (&o)[BLOCKS][N / 2], const Tile& tile, uint32_t weights) {
+__device__ inline void accumulate_8bit(float (&o)[BLOCKS][N / 2], const Tile& tile, uint32_t weights, int first = 0) {
     constexpr int kBatch = kFragmentBatch<N>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
     const auto load = [&](uint32_t (&raw)[kBatch][4], int batch) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
             const int at = batch * kBatch + i;
-            ldmatrix_x4_trans(raw[i], latent_unit(tile, at / BLOCKS * 32 + lane, at % BLOCKS * 4 + warp));
+            ldmatrix_x4_trans(raw[i], latent_unit(tile, at / BLOCKS * 32 + lane, first * 4 + at % BLOCKS * 4 + warp));
         }
     };
     uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];

@@ -5,12 +5,12 @@
 // scores and a warp of the fourth copies. With 16-bit operands, per tile of 64 tokens:
 //
 //   scorer         S = Q K^T | softmax -> P | next S ...         | its softmax ...
-//   multiplier A             |              | O[:, :256] += P V, begun | the rest of it
-//   multiplier B             |              | O[:, 256:] += P V, begun | the rest of it
+//   multiplier A             |              | O[:, :256] += P V  |
+//   multiplier B             |              |                    | O[:, 256:] += P V
 //
-// The multipliers hold back steps until the next S is there, so that the tensor cores have work during its softmax. As
-// the scorer has no part of O, there is room for most of the query in its registers, and with that out of shared memory
-// almost three tiles fit there. It runs ahead into the next item while the multipliers write their results.
+// In clusters the second multiplier waits until the next S is there, so that the tensor cores have work during its
+// softmax. As the scorer has no part of O, there is room for most of the query in its registers, and with that out of
+// shared memory almost three tiles fit there. It runs ahead into the next item while the multipliers write their results.
 //
 // With more than 64 rows two CTAs form a cluster: both work on the same tiles for different rows, each copies half of a
 // tile and multicasts it to both, which halves the traffic out of L2.
@@ -21,7 +21,8 @@
 // With e4m3 operands, for fp8 caches, the same roles work on spans of 128 tokens: twowg_e4m3.cuh has what differs for the
 // scorer, Multiplier::multiply_e4m3 for the multipliers. Nothing is held back: registers are full of other things.
 //
-// Who copies: Copier (boxes of a page), RowCopier (fp8_ds_mla), Gatherer (listed keys, for sparse attention).
+// Who copies: Copier (boxes of a page), RowCopier (fp8_ds_mla), Gatherer (listed keys, for sparse attention). The
+// copying warp's neighbours bring a 16-bit query (twowg_query.cuh).
 //
 // Compiled once for each: FUSEDMLA_TYPE (bf16, fp16, widened, scaled, e4m3), FUSEDMLA_CLUSTER (1, 2), FUSEDMLA_GATHER (0, 1),
 // FUSEDMLA_ENTRY.
@@ -29,6 +30,7 @@
 #include "twowg_copy.cuh"
 #include "twowg_gather.cuh"
 #include "twowg_multiply.cuh"
+#include "twowg_query.cuh"
 #include "twowg_rows.cuh"
 #include "twowg_score.cuh"
 #include "twowg_turned.cuh"
@@ -64,6 +66,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
     } else {
         lower_registers<kCopierRegisters>();
         if (threadIdx.x < 3 * kWarpgroup + kCopiers * kWarp) Copying(p).run();
+        else if (!kTurned && !kGather) QueryLoader(p).run();
     }
     if constexpr (kCluster > 1) {
         __syncwarp();

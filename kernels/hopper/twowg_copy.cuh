@@ -3,7 +3,7 @@
 #pragma once
 
 #include "query.cuh"
-#include "twowg_tasks.cuh"
+#include "twowg_query.cuh"
 
 // Five dimensions: 64 columns, 8 tokens, 9 blocks of columns, groups of 8 tokens of a page, pages.
 __device__ inline void tma_load_5d(
@@ -68,8 +68,10 @@ class Copier {
         const int lane = threadIdx.x % kWarp;
         if (kE4m3)
             copy_query(item.request);
-        else
+        else if (kTurned)
             prefetch_later_query(p_, item.request, is_first_);
+        else
+            let_query_come();
         const int boxes = kSpan / box_tokens();  // of a span
         const int ahead = kWarp / boxes;         // spans whose pages the warp looks up at once
         const int end = min(item.seq_len, item.tile_end * kTile);
@@ -81,6 +83,13 @@ class Copier {
             for (int span = first; span < min(first + ahead * kSpan, end); span += kSpan)
                 copy_span(end - span, live && mine == span, page, group);
         }
+    }
+
+    // Hands the loaders the ring's next slots, once they have done with the last query.
+    __device__ void let_query_come() {
+        mbarrier_wait(Shared::query_full(), items_++ & 1 ^ 1);
+        pass_query_slots(quarters_);
+        warp_arrive(Shared::query_may_come());
     }
 
     // Into the ring, for the scorer to round: its rows fill a span's slots, 16 rows a quarter.
@@ -149,6 +158,7 @@ class Copier {
 
     const Params& p_;
     bool is_first_ = true;
+    unsigned items_ = 0;
     Ring<kQuarterSlots> quarters_;
     static constexpr int kRopeBlock = kTurned ? 0 : 8;  // of 128 bytes, where its map begins
     Ring<kRopeSlots> rope_;

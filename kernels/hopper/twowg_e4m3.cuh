@@ -119,6 +119,8 @@ class Product<e4m3> {
         rope.advance();
     }
 
+    __device__ void release_query() const {}  // who rounds the next one has all messages of this one by then
+
     // Unscaled scores of the next span. Returns when they are there.
     __device__ void score(float (&s)[64], Ring<kQuarterSlots>& quarters, Ring<kRopeSlots>& rope) const {
         const uint32_t query = units_of(Shared::query());

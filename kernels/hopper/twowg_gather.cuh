@@ -4,11 +4,11 @@
 
 #include "listed.cuh"
 #include "twowg_copy.cuh"
-#include "twowg_product.cuh"
+#include "twowg_query.cuh"
 
 class Gatherer {
   public:
-    __device__ explicit Gatherer(const Params& p) : p_(p) {}
+    __device__ explicit Gatherer(const Params& p) : p_(p), loader_(p) {}
 
     __device__ void run() {
         Tasks::begin();
@@ -24,7 +24,13 @@ class Gatherer {
 
     // A row for each of the first 16 lanes. The next tile's entries are on their way meanwhile.
     __device__ void gather_item(const Item& item) {
-        if (warp() == 0) prefetch_query(p_, item.request);
+        if constexpr (kScaled) {
+            if (warp() == 0) prefetch_query(p_, item.request);
+        } else {
+            const Ring<kQuarterSlots> slots = quarters_;
+            pass_query_slots(quarters_);
+            loader_.begin(item.request, slots);
+        }
         int entry = entry_of(item, item.tile_begin);
 #pragma unroll 1
         for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
@@ -34,7 +40,9 @@ class Gatherer {
                 copy_rows(from);
             else
                 copy_pieces(from);
+            if (!kScaled && tile == item.tile_begin) loader_.finish(item.request);
         }
+        if (!kScaled && item.tile_begin == item.tile_end) loader_.finish(item.request);
     }
 
     __device__ int entry_of(const Item& item, int tile) const {
@@ -107,12 +115,8 @@ class Gatherer {
         }
     }
 
-    // Arrives when this thread's copies have. What they bring is no operand yet: the reader has to fence.
-    __device__ static void arrive_with_copies(uint32_t full) {
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
-    }
-
     const Params& p_;
+    QueryLoader loader_;
     Ring<kQuarterSlots> quarters_;
     Ring<kRopeSlots> rope_;
     int tiles_ = 0;  // fp8_ds_mla: so far

@@ -15,7 +15,7 @@ __device__ inline int multiplier_thread() { return threadIdx.x - kWarpgroup; }
 
 // The first warp hands over further tasks.
 __device__ inline void feed_tasks() {
-    if (multiplier_thread() >= kWarp) return;
+    if (multiplier_thread() >= kWarp || Feeder::has_ended()) return;
     Feeder feeder = Feeder::load();
     feeder.feed();
     feeder.save();
@@ -67,6 +67,7 @@ class Multiplier : Values<T> {
     __device__ void attend() {
 #pragma unroll
         for (int i = 0; i < 128; ++i) o_[i / kPart][i % kPart] = 0.f;
+        if constexpr (!kTurned) quarters_.advance(kQueryQuarters);
         for (int spans = spans_of(Tasks::item()); spans > 0; --spans) {
             rescale();
             this->add();
@@ -159,9 +160,9 @@ class Multiplier : Values<T> {
         return reinterpret_cast<const float2*>(Shared::all_factors(message_.at()))[i * 4 + thread_anew() % 4];
     }
 
-    // Results times the message's factors, into rows of 512 columns from `to` on. A quad, or with e4m3 the lanes of one
-    // j, write 16 or 32 contiguous bytes of a row at a time, of which L2 makes whole sectors: a detour through shared
-    // memory would cost more, and the next item's tiles already fill it.
+    // Results times the message's factors, into rows of 512 columns from `to` on. A quad writes 32 or 64 contiguous bytes
+    // of a row at a time, and so do the lanes of one j of O^T: a detour through shared memory would cost more, and the
+    // next item's tiles already fill it.
     template <typename Out>
     __device__ void store(Out* to) {
         const unsigned thread = thread_anew(), lane = thread % kWarp;
@@ -182,22 +183,40 @@ class Multiplier : Values<T> {
                 }
             }
         } else {
+            constexpr int kRun = sizeof(Out) == 2 ? 8 : 2;  // columns that a lane writes together
             const float2 factor = factors_of_rows();
             const int row = row0() + threadIdx.x % kWarpgroup / kWarp * 16 + lane / 4;
-            to += row * kLatent + half() * 256 + lane % 4 * 2;
+            to += row * kLatent + half() * 256 + lane % 4 * kRun;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                if (row + 8 * half >= rows()) break;
+                const float scale = half ? factor.y : factor.x;
+                const bool live = row + 8 * half < rows();
 #pragma unroll
-                for (int i = 0; i < 32; ++i) {
-                    const float* pair = o_[i / 16] + i % 16 * 4 + 2 * half;
-                    store_pair(to + 8 * half * kLatent + 8 * i, pair[0], pair[1], half ? factor.y : factor.x);
+                for (int i = 0; i < 32; i += 4) {
+                    const float* pairs = o_[i / 16] + i % 16 * 4 + 2 * half;
+                    store_columns(to + 8 * half * kLatent + 8 * i, pairs, scale, live);
                 }
             }
         }
         release_message();
         message_.advance();
     }
+
+    // A quad's 32 columns of a row, of which a lane has two in every eight. 16-bit ones are exchanged, so that a lane
+    // writes 16 bytes at a time.
+    __device__ void store_columns(uint16_t* to, const float* pairs, float scale, bool live) const {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[i] = pack_16bit(pairs[4 * i] * scale, pairs[4 * i + 1] * scale, out_is_fp16(p_));
+        transpose_quad(w[0], w[1], w[2], w[3]);
+        if (live) *reinterpret_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
+    }
+    __device__ void store_columns(float* to, const float* pairs, float scale, bool live) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)  // eight bytes a lane are whole sectors, too
+            if (live) store_pair(to + 8 * i, pairs[4 * i], pairs[4 * i + 1], scale);
+    }
+
     __device__ void store_pair(uint16_t* to, float x, float y, float scale) const {
         *reinterpret_cast<uint32_t*>(to) = pack_16bit(x * scale, y * scale, out_is_fp16(p_));
     }

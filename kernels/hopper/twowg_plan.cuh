@@ -10,7 +10,7 @@
 // Of a tile's PV, the steps (16-bit caches: four) or parts (widened ones: eight) that the first and the second multiplier do
 // at once. The others wait for the next tile's scores, so that the tensor cores have work during its softmax.
 #ifndef FUSEDMLA_EARLY_A
-#define FUSEDMLA_EARLY_A (kWidens ? 0 : kCluster == 1 ? 4 : 2)
+#define FUSEDMLA_EARLY_A (kWidens ? 0 : 4)
 #endif
 #ifndef FUSEDMLA_EARLY_B
 #define FUSEDMLA_EARLY_B (kWidens ? 0 : kCluster == 1 ? 4 : 0)
@@ -53,6 +53,7 @@ constexpr bool kGather = FUSEDMLA_GATHER;  // the keys of a request are listed
 constexpr int kCopiers = kGather ? 4 : 1;  // warps
 constexpr bool kTurned = kE4m3 || kWidens;  // O^T += V^T P^T: V is the operand that comes from registers
 static_assert(!kGather || kScaled || !kTurned);
+constexpr int kLoaders = kGather ? 4 : 3;  // warps that bring a 16-bit query: who gathers, or has nothing else to do
 constexpr bool kFencesAfterCopies = kGather && !kScaled;  // they are not the asynchronous proxy's: see Gatherer
 constexpr int kCacheBytes = kTurned ? 1 : 2, kOperandBytes = kE4m3 ? 1 : 2;
 constexpr int kSpan = kE4m3 ? 2 * kTile : kTile;  // tokens that are scored and multiplied at a time
@@ -93,7 +94,7 @@ struct Task {
 };
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kMultipliersBarrier = 1, kScorerBarrier = 2;
+constexpr int kMultipliersBarrier = 1, kScorerBarrier = 2, kLoadersBarrier = 3;
 
 constexpr int kRopeBytes = kSpan * kRope * kCacheBytes;
 constexpr int kQueryQuarterBytes = kRows * 128 * kOperandBytes;
@@ -112,7 +113,7 @@ constexpr int kValidSlots = 4, kTasksAt = kValidAt + (kGather ? kValidSlots * 8 
 constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 96;
 constexpr int kRestingAt = kFeederAt + kFeederBytes;
 constexpr int kBarriersAt = kRestingAt + kThreads / kWarp * 4;
-constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 1;
+constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 3;
 constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;
 static_assert(kSharedBytes <= 227 * 1024);
 static_assert(!kGather || kScaled || 2 * kRopeSlots == kValidSlots);  // a rope ring's state tells a tile's slot
@@ -147,7 +148,9 @@ class Ring {
 //   span's weights hands it on to a multiplier (the first one has quarters 0 and 1), which alone says when it is empty.
 //   With e4m3 an item begins with its query in four quarters and a rope slot, which the multipliers round.
 // - rope: the span's last 64 columns, for the scorer only.
-// - query (e4m3): rounded by the multipliers. The scorer has done with the query before when they come to the next.
+// - query: of 16-bit operands what is not in registers, see twowg_query.cuh; the rest comes through the ring, and the
+//   scorer says when its slots are empty. `may come` hands those slots to the loaders. Otherwise the multipliers
+//   convert the query: the scorer has done with the one before when they come to the next.
 // - message: what the scorer tells the multipliers: for a span the weights P and the factors that rescale O's rows, and
 //   at the end of an item the factors that normalise them. `go` (16-bit operands) lets them do what they hold back of
 //   it; it comes with the next message at the latest. That of slot 1 is one round ahead, for it also comes before the
@@ -201,6 +204,8 @@ struct Shared {
     static __device__ uint32_t rope_full(int slot) { return barrier(kOthers + 3 * kMessageSlots + slot); }
     static __device__ uint32_t rope_empty(int slot) { return rope_full(kRopeSlots + slot); }
     static __device__ uint32_t query_full() { return rope_full(2 * kRopeSlots); }
+    static __device__ uint32_t query_may_come() { return rope_full(2 * kRopeSlots + 2); }
+    static __device__ uint32_t query_empty() { return rope_full(2 * kRopeSlots + 1); }
 
     static __device__ void init_barriers() {
         constexpr int kScorerWarps = 4, kMultiplierWarps = 8, kFills = kCopiers * (kFencesAfterCopies ? kWarp : 1);
@@ -213,10 +218,12 @@ struct Shared {
             mbarrier_init(rope_full(i), kFills + (kFencesAfterCopies ? kCopiers : 0));
             mbarrier_init(rope_empty(i), kScorerWarps * kCluster);
         }
-        mbarrier_init(query_full(), kMultiplierWarps);
+        mbarrier_init(query_full(), kTurned ? kMultiplierWarps : kFencesAfterCopies ? kFills : kLoaders);
+        mbarrier_init(query_empty(), kScorerWarps);
+        mbarrier_init(query_may_come(), 1);
         for (int i = 0; i < kTaskSlots; ++i) {
             mbarrier_init(task_full(i), 1);
-            mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + kCopiers);
+            mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + kCopiers + (kTurned || kGather ? 0 : kLoaders));
         }
         for (int i = 0; i < kMessageSlots; ++i) {
             mbarrier_init(message_full(i), kScorerWarps);

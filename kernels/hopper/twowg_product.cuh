@@ -9,49 +9,30 @@
 #include "twowg_plan.cuh"
 #include "twowg_wgmma.cuh"
 
-// 16 bytes from global to shared memory, past the registers; zeros if not `live`.
-__device__ inline void copy_16_async(uint32_t to, const void* from, bool live) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0) : "memory");
-}
-__device__ inline void wait_for_async_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 template <typename T>
 class Product {
   public:
     __device__ explicit Product(const Params& p) : p_(p) {}
 
-    __device__ void load_query(int request, const Ring<kQuarterSlots>&, const Ring<kRopeSlots>&) {
-        constexpr int kInRegisters = kQueryQuarters * 4, kInShared = 16 - kInRegisters;  // units of 64 bytes of a row
-        named_barrier_sync(kScorerBarrier, kWarpgroup);  // all have done with the query of the item before
+    // What the loaders bring: from the ring into registers, as fragments; the rest stays where it is.
+    __device__ void load_query(int, Ring<kQuarterSlots>& quarters, const Ring<kRopeSlots>&) {
+        const unsigned lane = thread_anew() % kWarp, row = thread_anew() % kWarpgroup / kWarp * 16 + lane % 16;
+        const uint32_t at = row * 128 + ((lane / 16 ^ row % 8) << 4);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = first_row() - blockIdx.x * kRows + 8 * half;
-            const uint4* nope = query_row(p_.q_nope, p_.q_nope_stride, request, half);
-            const uint4* rope = query_row(p_.q_rope, p_.q_rope_stride, request, half);
+        for (int quarter = 0; quarter < kQueryQuarters; ++quarter) {
+            mbarrier_wait(Shared::quarter_full(quarters.at()), quarters.phase());
+            const uint32_t from = Shared::quarter(quarters.at()) + at;
 #pragma unroll
-            for (int i = 0; i < kInShared + 2; ++i) {
-                const int unit = i % 2 * 4 + thread_anew() % 4;  // of 16 bytes, of the 128 of a row of a block
-                const uint4* from = i < kInShared ? nope + (kInRegisters + i) * 4 : rope + (i - kInShared) * 4;
-                copy_16_async(Shared::query() + i / 2 * kBlockBytes + row * 128 + ((unit ^ (row & 7)) << 4),
-                              nope ? from : p_.q_nope, nope != nullptr);
-            }
-#pragma unroll
-            for (int i = 0; i < kInRegisters; ++i) {
-                const uint4 bits = nope ? __ldg(nope + i * 4) : uint4{0, 0, 0, 0};
-                query_[2 * i][half] = bits.x, query_[2 * i][half + 2] = bits.y;
-                query_[2 * i + 1][half] = bits.z, query_[2 * i + 1][half + 2] = bits.w;
-            }
+            for (int step = 0; step < 8; ++step)
+                ldmatrix_x4(query_[quarter * 8 + step], (from ^ step % 4 * 32) + step / 4 * kBlockBytes);
+            fence_proxy_async();  // a later copy must not come before these reads
+            __syncwarp();
+            warp_arrive_cluster(Shared::quarter_empty(quarters.at()));
+            quarters.advance();
         }
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int i = 0; i < kInRegisters; ++i)  // from 16 bytes a lane to fragments
-                transpose_quad(query_[2 * i][half], query_[2 * i][half + 2], query_[2 * i + 1][half],
-                               query_[2 * i + 1][half + 2]);
-        wait_for_async_copies();
-        fence_proxy_async();
-        named_barrier_sync(kScorerBarrier, kWarpgroup);
+        mbarrier_wait(Shared::query_full(), queries_++ & 1);
     }
+    __device__ void release_query() const { warp_arrive(Shared::query_empty()); }
 
     // Unscaled scores of the next span. Returns when they are there.
     __device__ void score(float (&s)[32], Ring<kQuarterSlots>& quarters, Ring<kRopeSlots>& rope) const {
@@ -95,14 +76,7 @@ class Product {
     __device__ float scale(int) const { return p_.scale_log2; }
 
   private:
-    // This lane's part of one of its rows of the query, 16 of each 64 bytes; null past the last row.
-    __device__ const uint4* query_row(const void* q, const Strides& stride, int request, int half) const {
-        const int row = first_row() + 8 * half, token = divide(row, p_.h_q), head = row - token * p_.h_q;
-        if (row >= p_.s_q * p_.h_q) return nullptr;
-        const auto* at = static_cast<const uint16_t*>(q) + request * stride.b + token * stride.s + head * stride.h;
-        return reinterpret_cast<const uint4*>(at) + threadIdx.x % 4;
-    }
-
     const Params& p_;
     uint32_t query_[kQueryQuarters * 8][4];
+    unsigned queries_ = 0;
 };

@@ -32,6 +32,7 @@ class Scorer {
             weigh(s, left - after, left);
         }
         release_held();
+        product_.release_query();
         finish(Tasks::item());
     }
 
@@ -41,18 +42,31 @@ class Scorer {
         if constexpr (kGather)
             mask_invalid(s);
         else if (min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kSpan) mask(s, tokens, left);
-        float factor[2];
+        float most[2], factor[2] = {1.f, 1.f};
+        bool exceeds = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float most = -INFINITY;
+            float chains[4] = {s[2 * half], s[2 * half + 1], s[2 * half + 4], s[2 * half + 5]};
 #pragma unroll
-            for (int i = 0; i < kScores / 4; ++i) most = fmaxf(most, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2)) * product_.scale(half);
-            const float top = most > top_[half] + FUSEDMLA_LAZY ? most : top_[half];
-            factor[half] = exp2_approx(top_[half] - top);
-            top_[half] = top;
-            total_[half] *= factor[half];
+            for (int i = 2; i < kScores / 4; ++i)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float& chain = chains[i % 2 * 2 + j];
+                    chain = fmaxf(chain, s[4 * i + 2 * half + j]);
+                }
+            most[half] = fmaxf(fmaxf(chains[0], chains[1]), fmaxf(chains[2], chains[3])) * product_.scale(half);
+            exceeds |= most[half] > top_[half] + FUSEDMLA_LAZY;
+        }
+        if (__any_sync(~0u, exceeds)) {  // seldom, past an item's first tile
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], 1));
+                most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], 2));
+                const float top = most[half] > top_[half] + FUSEDMLA_LAZY ? most[half] : top_[half];
+                factor[half] = exp2_approx(top_[half] - top);
+                top_[half] = top;
+                total_[half] *= factor[half];
+            }
         }
 #pragma unroll
         for (int i = 0; i < kScores; ++i) {

@@ -32,8 +32,11 @@ class Feeder {
         }
     }
 
+    // Whether all tasks have been handed over.
+    static __device__ bool has_ended() { return saved()->step_ == Step::kEnd; }
+
     // Whether only the first task has been handed over, for which all are waiting.
-    static __device__ bool is_at_first() { return reinterpret_cast<const Feeder*>(shared_memory + kFeederAt)->calls_ == 1; }
+    static __device__ bool is_at_first() { return saved()->calls_ == 1; }
 
     __device__ void save() const {
         __syncwarp();
@@ -47,6 +50,8 @@ class Feeder {
     }
 
   private:
+    static __device__ const Feeder* saved() { return reinterpret_cast<const Feeder*>(shared_memory + kFeederAt); }
+
     // First all items of this program, then again those that are parts of requests.
     __device__ bool find(Item& item) {
         while (work_.next(item)) {

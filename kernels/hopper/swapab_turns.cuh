@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// An item of many tiles: the two warpgroups take turns at them, each with its own maximum, sum and accumulators, so
+// that one computes scores while the other multiplies by V. swapab_join.cuh joins their results at the end.
+// Included by a kernel after it has defined FORMAT, Element, N and Layout.
+#pragma once
+
+#include "swapab_score.cuh"
+
+namespace {
+
+struct State {
+    float o[8][N / 2];
+    float top[kColumns];    // running maximum of a query row's scores, base 2
+    float total[kColumns];  // this lane's share of the sum of weights
+};
+
+// A tile's scores and online softmax; its weights into shared memory. False if it has no keys.
+__device__ inline bool weigh_tile(const Params& p, const Shared& shared, Place place, int tile, const Item& item,
+                                  State& state) {
+    const int thread = threadIdx.x % kWarpgroup, warpgroup = threadIdx.x / kWarpgroup, warp = thread / kWarp;
+    const int barrier = kFirstWarpgroup + warpgroup;
+    if (!prepare_tile(shared, place, tile, item)) return false;
+
+    float s[N / 2];
+    Scales scales;
+    score_tile(p, shared, place, scales, s);
+    mask_tile(p, shared, place, tile, item, s);
+
+    float* exchange = shared.exchange() + warpgroup * 4 * N;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        float low = s[c / 2 * 4 + c % 2], high = s[c / 2 * 4 + 2 + c % 2];
+        if constexpr (FORMAT == Format::kFp8DsMla) low += scales.log2_most[0], high += scales.log2_most[1];
+        const float most = max_over_tokens(fmaxf(low, high));
+        if (thread % kWarp < 4) exchange[warp * N + column_of(c)] = most;
+    }
+    named_barrier_sync(barrier, kWarpgroup);
+    bool changed = false;
+    float shrink[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        const float* column = exchange + column_of(c);
+        const float most = fmaxf(fmaxf(column[0], column[N]), fmaxf(column[2 * N], column[3 * N]));
+        const float top = fmaxf(state.top[c], most);
+        changed |= top > state.top[c];
+        shrink[c] = exp2_approx(state.top[c] - top);
+        state.top[c] = top;
+        state.total[c] *= shrink[c];
+    }
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+        s[i] = exp2_approx(s[i] - state.top[i / 4 * 2 + i % 2]);
+        state.total[i / 4 * 2 + i % 2] += s[i];
+    }
+    put_all_weights(own_weights(shared), s, scales);
+    fence_proxy_async();
+    if (__any_sync(~0u, changed)) {
+#pragma unroll
+        for (int block = 0; block < 8; ++block)
+#pragma unroll
+            for (int i = 0; i < N / 2; ++i) state.o[block][i] *= shrink[i / 4 * 2 + i % 2];
+    }
+    named_barrier_sync(barrier, kWarpgroup);
+    return true;
+}
+
+__device__ inline void multiply_tile(const Shared& shared, Place place, State& state) {
+    const uint32_t weights = own_weights(shared);
+    if constexpr (FORMAT == Format::kSixteenBit)
+        accumulate_16bit<Element, N, 8>(state.o, shared.tile(place), weights);
+    else
+        accumulate_8bit<N, 8, Layout::kWeightVersions == 4 ? Layout::kWeightBytes : 0>(state.o, shared.tile(place),
+                                                                                      weights);
+}
+
+// Leaves this warpgroup's state. Where keys are listed every consumer calls last() before it begins its last tile, and
+// tell() when its sums and maxima are in shared memory; and the last tiles are not released yet.
+template <typename Last, typename Tell>
+__device__ inline void attend_in_turns(const Params& p, const Shared& shared, TileRing& ring, const Item& item,
+                                       State& state, const Last& last, const Tell& tell) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) state.top[c] = -1e30f, state.total[c] = 0.f;
+#pragma unroll
+    for (int block = 0; block < 8; ++block)
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) state.o[block][i] = 0.f;
+#pragma unroll 1
+    for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
+        if ((tile - item.tile_begin) % 2 == int(threadIdx.x / kWarpgroup)) {
+            const bool ends = kGather && tile + 2 >= item.tile_end;
+            if (ends) last();
+            wait_for_tile(shared, ring);
+            const bool any = weigh_tile(p, shared, place_of(ring), tile, item, state);
+            if (ends) {
+                put_sums(shared, state.top, state.total);
+                tell();
+            }
+            if (any) multiply_tile(shared, place_of(ring), state);
+            if (!ends) release_tile(shared, ring);
+        }
+        ring.advance();
+    }
+}
+
+// What a warpgroup keeps and what it gives of two blocks, `block` and the fourth after it.
+__device__ inline float kept_of(const State& state, int block, int i) {
+    return threadIdx.x >= kWarpgroup ? state.o[4 + block][i] : state.o[block][i];
+}
+__device__ inline float given_of(const State& state, int block, int i) {
+    return threadIdx.x >= kWarpgroup ? state.o[block][i] : state.o[4 + block][i];
+}
+
+}  // namespace

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// The query of a block of rows with 16-bit operands, on its way to the scorer: by warps that have nothing else to do,
+// or by those that gather. What the scorer keeps in registers comes through the ring, as if it were keys, an item
+// ahead; the rest goes where wgmma reads it from, once the scorer has done with the item before.
+#pragma once
+
+#include "query.cuh"
+#include "twowg_tasks.cuh"
+
+// 16 bytes from global to shared memory, past the registers; zeros if not `live`.
+__device__ inline void copy_16_async(uint32_t to, const void* from, bool live) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0) : "memory");
+}
+__device__ inline void commit_async_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for this thread's copies, but for those of the last PENDING groups.
+template <int PENDING>
+__device__ inline void wait_for_async_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+// Arrives when this thread's copies have. What they bring is no operand yet: the reader has to fence.
+__device__ inline void arrive_with_copies(uint32_t full) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
+}
+__device__ inline void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
+// Waits for the slots of the ring that a query takes, and passes them over. By who fills the others.
+__device__ inline void pass_query_slots(Ring<kQuarterSlots>& ring) {
+#pragma unroll 1
+    for (int quarter = 0; quarter < kQueryQuarters; ++quarter, ring.advance())
+        mbarrier_wait(Shared::quarter_empty(ring.at()), ring.phase() ^ 1);
+}
+
+class QueryLoader {
+  public:
+    __device__ explicit QueryLoader(const Params& p) : p_(p) {}
+
+    __device__ void run() {
+        Tasks::begin();
+        Ring<kQuarterSlots> ring;
+        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done()) {
+            if (step != Step::kAttend) continue;
+            const Item& item = Tasks::item();
+            mbarrier_wait(Shared::query_may_come(), queries_ & 1);
+            look_up(item.request);
+            copy<true>(ring);
+            commit_async_copies();
+            wait_until_scorer_has_done();
+            copy<false>(ring);
+            commit_async_copies();
+            wait_for_async_copies<1>();
+            named_barrier_sync(kLoadersBarrier, kLoaders * kWarp);
+            if (warp() < kQueryQuarters) warp_arrive(Shared::quarter_full(ring.after(warp()).at()));
+            wait_for_async_copies<0>();
+            fence_proxy_async();
+            __syncwarp();
+            warp_arrive(Shared::query_full());
+            ring.advance((kQueryQuarters + 4 * (item.tile_end - item.tile_begin)) % (2 * kQuarterSlots));
+        }
+    }
+
+    // By gathering warps: what goes through the ring, into its next slots, which are empty; the rest of it.
+    __device__ void begin(int request, const Ring<kQuarterSlots>& ring) {
+        look_up(request);
+        copy<true>(ring);
+#pragma unroll 1
+        for (int quarter = 0; quarter < kQueryQuarters; ++quarter)
+            arrive_with_copies(Shared::quarter_full(ring.after(quarter).at()));
+    }
+    __device__ void finish(int request) {
+        wait_until_scorer_has_done();
+        look_up(request);
+        copy<false>({});
+        arrive_with_copies(Shared::query_full());
+    }
+
+  private:
+    static constexpr int kTogether = 4;  // rows, by eight lanes each
+    static constexpr int kRounds = (kRows / kTogether + kLoaders - 1) / kLoaders;
+    static_assert(kTogether * kRounds <= kWarp);
+
+    static __device__ int warp() { return int(thread_anew() / kWarp) - (4 * kWarpgroup / kWarp - kLoaders); }
+    static __device__ unsigned lane() { return thread_anew() % kWarp; }
+    static __device__ int row_of(int round, int i) { return (round * kLoaders + warp()) * kTogether + i; }
+
+    __device__ void wait_until_scorer_has_done() { mbarrier_wait(Shared::query_empty(), queries_++ & 1 ^ 1); }
+
+    // Where the warp's rows lie, one of them a lane.
+    __device__ void look_up(int request) {
+        const int row = row_of(lane() / kTogether, lane() % kTogether);
+        const QueryRow from = query_row(p_, request, blockIdx.x * kRows + row);
+        const bool live = row < kRows && from.nope != nullptr;
+        nope_ = live ? reinterpret_cast<uint64_t>(from.nope) : 0;
+        rope_ = live ? reinterpret_cast<uint64_t>(from.rope) : 0;
+    }
+
+    // Of the warp's rows the quarters that go through the ring, or the others and the rope part.
+    template <bool THROUGH_RING>
+    __device__ void copy(const Ring<kQuarterSlots>& ring) const {
+        constexpr int kBegin = THROUGH_RING ? 0 : kQueryQuarters, kEnd = THROUGH_RING ? kQueryQuarters : 4;
+        const unsigned chunk = lane() % 8;
+        uint32_t to[4];
+#pragma unroll
+        for (int i = 0; i < kEnd - kBegin; ++i)
+            to[i] = THROUGH_RING ? Shared::quarter(ring.after(i).at()) : Shared::query() + i * kQueryQuarterBytes;
+#pragma unroll 1
+        for (int round = 0; round < kRounds; ++round) {
+            const int source = round * kTogether + lane() / 8, row = row_of(round, lane() / 8);
+            const uint64_t nope = __shfl_sync(~0u, nope_, source), rope = __shfl_sync(~0u, rope_, source);
+            if (row >= kRows) continue;
+            const bool live = nope != 0;
+            const uint64_t address = live ? nope : reinterpret_cast<uint64_t>(p_.q_nope);
+            const uint4* from = reinterpret_cast<const uint4*>(address) + chunk;
+            const uint32_t at = row * 128 + ((chunk ^ row % 8) << 4);
+#pragma unroll
+            for (int quarter = kBegin; quarter < kEnd; ++quarter)
+#pragma unroll
+                for (int block = 0; block < 2; ++block)
+                    copy_16_async(to[quarter - kBegin] + at + block * kBlockBytes, from + quarter * 16 + block * 8,
+                                  live);
+            if (!THROUGH_RING) {
+                const uint4* rope_from = live ? reinterpret_cast<const uint4*>(rope) + chunk : from;
+                copy_16_async(Shared::query() + (4 - kQueryQuarters) * kQueryQuarterBytes + at, rope_from, live);
+            } else if (live) {  // the rest into L2
+                prefetch_line(from + kQueryQuarters * 16 + chunk * (7 - 2 * kQueryQuarters));
+                prefetch_line(reinterpret_cast<const uint4*>(rope) + chunk);
+            }
+        }
+    }
+
+    const Params& p_;
+    uint64_t nope_ = 0, rope_ = 0;  // of a row of the warp's; 0 past the last
+    unsigned queries_ = 0;
+};
