@@ -103,8 +103,9 @@ class Table:
             lines.append(f"{met} of {len(compared)} targets met.")
         slower = sorted((ratio, case) for case, ratio in ratios.items() if ratio < 1 / ALLOWED)
         names = "".join(f"\n- {case}: {ratio:.2f}" for ratio, case in slower)
-        count = f"{len(slower)} of {len(ratios)} cases that one serves"
-        lines.append(f"More than 5 % slower than the best peer: {count}.{names}")
+        if ratios:
+            count = f"{len(slower)} of {len(ratios)} cases that one serves"
+            lines.append(f"More than 5 % slower than the best peer: {count}.{names}")
         beside = [case for case in self.cases if (case, PORTABLE) in self.median]
         worse = [case for case in beside if self.median[case, report.OURS] > ALLOWED * self.median[case, PORTABLE]]
         if beside:
