@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SAVE_EVERY_SECONDS = 60.0
@@ -41,6 +42,27 @@ def adamw(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
     vectors = [p for p in parameters if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=parameters[0].is_cuda)
+
+
+def answer_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, rate: float, ids: torch.Tensor, answer_tokens: int
+) -> tuple[float, float]:
+    """One step of training on the last `answer_tokens` of each row of `ids` ``[b, tokens]``.
+
+    Returns:
+        Loss, and the share of answer tokens that the model found most probable.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    answer = ids[:, -answer_tokens:]
+    with precision(ids.device):
+        logits = model(ids[:, :-1], last=answer_tokens).float()
+        loss = functional.cross_entropy(logits.flatten(0, 1), answer.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item(), float((logits.argmax(-1) == answer).float().mean())
 
 
 class Run:

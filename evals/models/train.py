@@ -22,13 +22,12 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
-from torch.nn import functional
 
 from evals.models.curriculum import Curriculum
 from evals.models.evaluate import LONG_CASES, SHORT_CASES, Score, score_case
 from evals.models.export import load_checkpoint, save_checkpoint
 from evals.models.model import DemoModel, ModelConfig
-from evals.models.run_state import adamw, precision
+from evals.models.run_state import adamw, answer_step, precision
 from evals.tasks.chain_recall import WORDS
 
 WARMUP_STEPS = 60
@@ -85,18 +84,8 @@ class Attempt:
         curriculum = self.curriculum
         stage = curriculum.stage
         rate = learning_rate(self.args.lr, self.step, stage, self.anneal_step / self.args.anneal_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         ids, answer_tokens = curriculum.batch()
-        answer = ids[:, -answer_tokens:]
-        with precision(self.device):
-            logits = self.model(ids[:, :-1], last=answer_tokens).float()
-            loss = functional.cross_entropy(logits.flatten(0, 1), answer.flatten())
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        accuracy = float((logits.argmax(-1) == answer).float().mean())
+        loss, accuracy = answer_step(self.model, self.optimizer, rate, ids, answer_tokens)
         self.step += 1
         self.anneal_step += stage == "anneal"
         promotion = curriculum.record(accuracy)
@@ -108,7 +97,7 @@ class Attempt:
                 stage=stage,
                 links=curriculum.links,
                 tokens=ids.shape[1],
-                loss=loss.item(),
+                loss=loss,
                 accuracy=accuracy,
                 lr=rate,
             )

@@ -28,13 +28,12 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from evals.models.curriculum import Curriculum
 from evals.models.export import load_checkpoint, save_checkpoint
 from evals.models.mixture import Mixture, batches
 from evals.models.model import DemoModel, ModelConfig
-from evals.models.run_state import Run, adamw, precision
+from evals.models.run_state import Run, adamw, answer_step, precision
 from evals.models.task_scores import LENGTHS, TASKS, score_task
 from evals.tasks import words
 
@@ -116,18 +115,8 @@ class Trainer:
 
     def train_step(self) -> None:
         rate = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         ids, answer_tokens, task = self._batch()
-        answer = ids[:, -answer_tokens:]
-        with precision(self.device):
-            logits = self.model(ids[:, :-1], last=answer_tokens).float()
-            loss = functional.cross_entropy(logits.flatten(0, 1), answer.flatten())
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        accuracy = float((logits.argmax(-1) == answer).float().mean())
+        loss, accuracy = answer_step(self.model, self.optimizer, rate, ids, answer_tokens)
         self.accuracy[task] = 0.8 * self.accuracy.get(task, accuracy) + 0.2 * accuracy
         self.step += 1
         if task in ("copy", "chain_recall"):
@@ -137,7 +126,7 @@ class Trainer:
         if self.step % self.args.log_every == 0:
             shown = {f"acc_{name}": value for name, value in self.accuracy.items()}
             stage, length = self.curriculum.stage, ids.shape[1]
-            self.run.log(step=self.step, stage=stage, tokens=length, loss=loss.item(), lr=rate, **shown)
+            self.run.log(step=self.step, stage=stage, tokens=length, loss=loss, lr=rate, **shown)
 
     def start_over_if_stuck(self) -> None:
         """A small transformer finds the look-up circuit suddenly or not at all: another seed, more slowly."""
