@@ -35,11 +35,6 @@ __device__ inline void send(uint32_t to, uint32_t barrier, float a, float b) {
                  : "memory");
 }
 
-// Where nothing was written that others are to see. A release is a fence for all of the GPU.
-__device__ inline void cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
 class ClusterMerge {
   public:
     __device__ ClusterMerge(const Params& p, const Shared& shared)

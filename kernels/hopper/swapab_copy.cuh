@@ -8,15 +8,6 @@
 
 namespace {
 
-__device__ inline void tma_load_5d(
-    uint32_t smem, const TensorMap* map, uint32_t barrier, int x, int y, int z, int w, int v, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "l"(policy)
-        : "memory");
-}
-
 // Groups of a tile that a copy brings: as many as surely lie in one page. decode.py's maps are made for it.
 __device__ inline int groups_of_copy(const Params& p) { return min(kTile, p.page_size & -p.page_size) / kGroup; }
 

@@ -6,14 +6,6 @@
 #include "twowg_query.cuh"
 
 // Five dimensions: 64 columns, 8 tokens, 9 blocks of columns, groups of 8 tokens of a page, pages.
-__device__ inline void tma_load_5d(
-    uint32_t smem, const TensorMap* map, uint32_t barrier, int x, int y, int z, int w, int v, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "l"(policy)
-        : "memory");
-}
 __device__ inline void tma_load_5d_multicast(
     uint32_t smem, const TensorMap* map, uint32_t barrier, uint16_t cta_mask, int x, int y, int z, int w, int v,
     uint64_t policy) {

