@@ -129,7 +129,8 @@ def test_both_kernels_agree_on_gathered_keys(device):
     ragged = indexer.index_logits_ragged(
         problem.q.flatten(0, 1), k, k_scales, problem.weights, bounds[:-1], bounds[1:], max_len=70
     )
-    torch.testing.assert_close(ragged, indexer.index_logits_paged(*problem.arguments(70)), rtol=1e-6, atol=1e-6)
+    # They add up in different orders, so each may be its own rounding away from the exact scores.
+    assert_scores(ragged, indexer.index_logits_paged(*problem.arguments(70)).double(), 2 * problem.sizes(70))
 
 
 def test_selected_keys(device):
