@@ -2,7 +2,7 @@
 // The one parameter of every kernel here. launch.py mirrors it field by field.
 #pragma once
 
-#include "ptx.cuh"
+#include "ptx_copy.cuh"
 
 constexpr int kTile = 64;   // KV tokens of a tile
 constexpr int kGroup = 8;   // tokens copied by one instruction: their rows are one stretch of memory

@@ -12,10 +12,6 @@ using fp16 = __half;
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 
-struct alignas(64) TensorMap {
-    uint8_t bytes[128];
-};
-
 __device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // ---- mbarrier ----
@@ -30,6 +26,17 @@ __device__ inline void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
 }
 __device__ inline void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// That of another CTA of the cluster, at this one's address. Not a release at the cluster's scope.
+__device__ inline void mbarrier_arrive_in(uint32_t barrier, uint32_t rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+        "}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
 }
 __device__ inline bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;
@@ -49,30 +56,6 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     }
 }
 
-// ---- bulk tensor copies (TMA) ----
-
-constexpr uint64_t kEvictFirst = 0x12F0000000000000;  // L2 policies as createpolicy would encode them
-constexpr uint64_t kEvictNormal = 0x1000000000000000;
-
-__device__ inline void tma_prefetch(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-__device__ inline void tma_load_3d(
-    uint32_t smem, const TensorMap* map, uint32_t barrier, int x, int y, int z, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
-        : "memory");
-}
-__device__ inline void tma_load_5d(
-    uint32_t smem, const TensorMap* map, uint32_t barrier, int x, int y, int z, int w, int v, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "l"(policy)
-        : "memory");
-}
 // ---- ordering ----
 
 // Ordinary writes to shared memory before it are seen by wgmma and TMA after it (with a barrier between threads).
@@ -80,16 +63,29 @@ __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.sha
 __device__ inline void named_barrier_sync(int id, int threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+__device__ inline void named_barrier_arrive(int id, int threads) {
+    asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Whether a condition holds for any thread of a barrier.
+template <int ID, int THREADS>
+__device__ inline bool named_barrier_any(bool condition) {
+    uint32_t any;
+    asm volatile(
+        "{\n"
+        ".reg .pred in, out;\n"
+        "setp.ne.u32 in, %1, 0;\n"
+        "barrier.red.or.pred out, %2, %3, in;\n"
+        "selp.u32 %0, 1, 0, out;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(uint32_t(condition)), "n"(ID), "n"(THREADS)
+        : "memory");
+    return any;
+}
 __device__ inline uint32_t cluster_cta_rank() {
     uint32_t rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
-}
-// `bytes` contiguous bytes, a multiple of 16, from global to shared memory.
-__device__ inline void bulk_load(uint32_t smem, const void* from, uint32_t bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
 }
 __device__ inline int cluster_size() {
     int size;
@@ -106,11 +102,32 @@ __device__ inline void cluster_sync() {
     cluster_arrive();
     cluster_wait();
 }
+__device__ inline uint32_t address_in(uint32_t smem, int rank) {
+    uint32_t address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem), "r"(rank));
+    return address;
+}
+__device__ inline int cluster_id() {
+    int id;
+    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+    return id;
+}
 // threadIdx.x, read where it is used, so that nothing made of it is kept in registers meanwhile.
 __device__ inline unsigned thread_anew() {
     unsigned thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread;
+}
+// The same of blockIdx.
+__device__ inline int block_x_anew() {
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
+}
+__device__ inline int block_y_anew() {
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(block));
+    return block;
 }
 // Programmatic dependent launch: the next kernel in the stream may start / everything before this kernel is visible.
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -153,6 +170,25 @@ __device__ inline float log2_approx(float x) {
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+__device__ inline uint32_t pack_16bit(float low, float high, bool to_fp16) {
+    uint32_t bits;  // the first source is the upper half
+    if (to_fp16)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+__device__ inline uint32_t pack_e4m3(float low, float high) {
+    uint16_t bits;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+// Four e4m3 codes to two pairs of fp16, which holds every one of them exactly.
+__device__ inline void widen(uint32_t codes, uint32_t& low, uint32_t& high) {
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, h;\n}\n"
+        : "=r"(low), "=r"(high)
+        : "r"(codes));
+}
 // Quotient of non-negative numbers, rounded down; exact for quotients below 2^20.
 __device__ inline int divide(int a, int b) {
     int q = __float2int_rd(__fdividef(float(a), float(b)));
@@ -179,26 +215,4 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
 __device__ inline void stmatrix_x2_trans(uint32_t address, uint32_t r0, uint32_t r1) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r0), "r"(r1)
                  : "memory");
-}
-
-// ---- wgmma ----
-
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ inline void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-// Keeps the compiler from moving uses of accumulators across the surrounding asm statements.
-template <int COUNT>
-__device__ inline void keep_in_order(float (&values)[COUNT]) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(values[i])::"memory");
-}
-
-// Descriptor of a shared-memory operand in the 128-byte swizzle: rows of 128 bytes, every eight of them `stride` bytes
-// further. K-major operands: a row is 64 16-bit elements of k. M- or N-major ones: a row is 64 elements of m or n.
-__device__ inline uint64_t descriptor_128b(uint32_t address, uint32_t stride = 1024) {
-    constexpr uint64_t kSwizzle128 = 1;
-    return (uint64_t{1} << 16) | (uint64_t{stride >> 4} << 32) | (kSwizzle128 << 62) | ((address & 0x3FFFF) >> 4);
 }

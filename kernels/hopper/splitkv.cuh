@@ -18,15 +18,6 @@ __device__ inline void wait_for_pieces(const unsigned* counter, int pieces) {
     while (load_acquire(counter) < pieces) __nanosleep(20);
 }
 
-__device__ inline uint32_t pack_16bit(float low, float high, bool to_fp16) {
-    uint32_t bits;  // the first source is the upper half
-    if (to_fp16)
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
-}
-
 // Distance of a piece's partial result from that of piece 0, in rows: see slot_of.
 __device__ inline int rows_from_first(const Params& p, int rows, int piece) {
     return p.schedule.batch_invariant ? piece * rows : (2 * piece - (piece > 0)) * rows;

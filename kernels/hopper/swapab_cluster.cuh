@@ -19,22 +19,6 @@ struct Share : Item {
     int most_tiles;  // of any CTA of the cluster
 };
 
-__device__ inline uint32_t address_in(uint32_t smem, int rank) {
-    uint32_t address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem), "r"(rank));
-    return address;
-}
-__device__ inline void send(uint32_t to, uint32_t barrier, float a, float b, float c, float d) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-                 "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
-                 : "memory");
-}
-__device__ inline void send(uint32_t to, uint32_t barrier, float a, float b) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(a),
-                 "f"(b), "r"(barrier)
-                 : "memory");
-}
-
 class ClusterMerge {
   public:
     __device__ ClusterMerge(const Params& p, const Shared& shared)

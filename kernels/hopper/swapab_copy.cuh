@@ -72,7 +72,7 @@ __device__ inline void prefetch_pages(const Params& p, int each) {
     const int request = divide(blockIdx.y, each), piece = blockIdx.y - request * each;
     const int64_t entry = divide(piece * (threadIdx.x % kWarp + 1) * kTile, p.page_size);
     if (request < p.schedule.b && entry < p.table_stride)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.block_table + request * p.table_stride + entry));
+        prefetch_line(p.block_table + request * p.table_stride + entry);
 }
 
 // A part of a small batch; false if that would be out of balance.

@@ -9,14 +9,6 @@
 
 namespace {
 
-__device__ inline void bulk_load(uint32_t smem, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-            "r"(smem),
-        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-        : "memory");
-}
-
 class Gatherer {
   public:
     __device__ Gatherer(const Params& p, const Shared& shared) : p_(p), shared_(shared) {}

@@ -18,9 +18,7 @@ constexpr bool kMovesRegisters = N > (FORMAT == Format::kSixteenBit ? 16 : 8);
 
 // Without clusters a CTA is one: then the number of the CTA.
 __device__ inline int first_request() {
-    int id;
-    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
-    return id;
+    return cluster_id();
 }
 
 __device__ inline Share share_of(const Params& p, int request) {

@@ -33,10 +33,6 @@ struct SharedOperands {  // names for the places of Layout; holds nothing
     __device__ float4* parcels() const { return reinterpret_cast<float4*>(scratch()); }
 };
 
-__device__ inline void named_barrier_arrive(int id, int threads) {
-    asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 template <int SIZE>
 struct Ring {
     unsigned count = 0;
@@ -57,12 +53,7 @@ __device__ inline float k_scale_of(const Params& p) {
 
 // Read anew where it is needed: registers are scarce.
 __device__ inline int first_row_of_block() {
-    int block;
-    if constexpr (kGather)  // clusters go along x
-        asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(block));
-    else
-        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-    return block * N;
+    return (kGather ? block_y_anew() : block_x_anew()) * N;  // of listed keys, clusters go along x
 }
 
 // The query row (within the block) of a lane's i-th score of a token.

@@ -18,7 +18,7 @@
 
 #include <cooperative_groups.h>
 
-#include "ptx.cuh"
+#include "ptx_copy.cuh"
 
 namespace cg = cooperative_groups;
 

@@ -5,27 +5,6 @@
 #include "query.cuh"
 #include "twowg_query.cuh"
 
-// Five dimensions: 64 columns, 8 tokens, 9 blocks of columns, groups of 8 tokens of a page, pages.
-__device__ inline void tma_load_5d_multicast(
-    uint32_t smem, const TensorMap* map, uint32_t barrier, uint16_t cta_mask, int x, int y, int z, int w, int v,
-    uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;" ::"r"(smem),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "h"(cta_mask), "l"(policy)
-        : "memory");
-}
-__device__ inline void tma_prefetch_5d(const TensorMap* map, int x, int y, int z, int w, int v, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.prefetch.tensor.5d.L2.global.tile.L2::cache_hint [%0, {%1, %2, %3, %4, %5}], %6;" ::"l"(map),
-        "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "l"(policy)
-        : "memory");
-}
-
-__device__ inline void prefetch_bulk(const void* from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // The query of an item into L2, where it will be looked for some spans later. A warp's work, of some 5000 cycles.
 __device__ inline void prefetch_query(const Params& p, int request) {
 #pragma unroll 1

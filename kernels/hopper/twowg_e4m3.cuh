@@ -13,32 +13,10 @@
 // Weights are at most 2^FUSEDMLA_LAZY; times 2^kWeightExponent they use e4m3's range.
 constexpr int kWeightExponent = kE4m3 ? 8 - FUSEDMLA_LAZY : 0;
 
-__device__ inline uint32_t pack_e4m3(float low, float high) {
-    uint16_t bits;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
-    return bits;
-}
-
 // 64-byte swizzle: rows of 64 bytes, eight of them 512 bytes apart.
 __device__ inline uint64_t descriptor_64b(uint32_t units) {
     constexpr uint64_t kSwizzle64 = uint64_t{2} << 62;
     return kSwizzle64 | uint64_t{512 >> 4} << 32 | (1u << 16 | units);
-}
-
-// D[64, 128] (+)= A[64, 32] B[32, 128], both operands in shared memory with k contiguous.
-__device__ inline void wgmma_e4m3_128(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" FUSEDMLA_REGS64 "}, %64, %65, p, 1, 1;\n}\n"
-                 : FUSEDMLA_ACC64
-                 : "l"(a), "l"(b), "r"(int(accumulate)));
-}
-// D[64, 32] (+)= A[64, 32] B[32, 32], A in registers.
-__device__ inline void wgmma_e4m3_32(float (&d)[16], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" FUSEDMLA_REGS16
-                 "}, {%16, %17, %18, %19}, %20, p, 1, 1;\n}\n"
-                 : FUSEDMLA_ACC_16
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
 }
 
 // Of eight 16-bit floats, bfloat16 or float16: magnitudes order as integers do.

@@ -260,14 +260,7 @@ __device__ inline void warp_arrive_cluster(uint32_t barrier) {
     if constexpr (kCluster == 1) {
         warp_arrive(barrier);
     } else if (threadIdx.x % kWarp < kCluster) {
-        asm volatile(
-            "{\n"
-            ".reg .b32 remote;\n"
-            "mapa.shared::cluster.u32 remote, %0, %1;\n"
-            "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-            "}\n" ::"r"(barrier),
-            "r"(threadIdx.x % kWarp)
-            : "memory");
+        mbarrier_arrive_in(barrier, threadIdx.x % kWarp);
     }
 }
 

@@ -7,22 +7,6 @@
 #include "query.cuh"
 #include "twowg_tasks.cuh"
 
-// 16 bytes from global to shared memory, past the registers; zeros if not `live`.
-__device__ inline void copy_16_async(uint32_t to, const void* from, bool live) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0) : "memory");
-}
-__device__ inline void commit_async_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits for this thread's copies, but for those of the last PENDING groups.
-template <int PENDING>
-__device__ inline void wait_for_async_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-// Arrives when this thread's copies have. What they bring is no operand yet: the reader has to fence.
-__device__ inline void arrive_with_copies(uint32_t full) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
-}
-__device__ inline void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 // Waits for the slots of the ring that a query takes, and passes them over. By who fills the others.
 __device__ inline void pass_query_slots(Ring<kQuarterSlots>& ring) {
 #pragma unroll 1

@@ -9,22 +9,6 @@
 #include "twowg_tasks.cuh"
 #include "twowg_turned_product.cuh"
 
-// Whether a condition holds for any thread of the scoring warps, all of which call it.
-__device__ inline bool any_scorer(bool condition) {
-    uint32_t any;
-    asm volatile(
-        "{\n"
-        ".reg .pred in, out;\n"
-        "setp.ne.u32 in, %1, 0;\n"
-        "barrier.red.or.pred out, %2, %3, in;\n"
-        "selp.u32 %0, 1, 0, out;\n"
-        "}\n"
-        : "=r"(any)
-        : "r"(uint32_t(condition)), "n"(kScorerBarrier), "n"(kWarpgroup)
-        : "memory");
-    return any;
-}
-
 class TurnedScorer : TurnedProduct {
   public:
     __device__ explicit TurnedScorer(const Params& p) : TurnedProduct(p) {}
@@ -69,7 +53,7 @@ class TurnedScorer : TurnedProduct {
         for (int i = 4; i < 32; ++i) mosts[i % 4] = fmaxf(mosts[i % 4], s[i]);
         const float most = fmaxf(fmaxf(mosts[0], mosts[1]), fmaxf(mosts[2], mosts[3]));
         mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
-        const bool moves = any_scorer(most > FUSEDMLA_LAZY || unset_ != 0);
+        const bool moves = named_barrier_any<kScorerBarrier, kWarpgroup>(most > FUSEDMLA_LAZY || unset_ != 0);
         if (moves) raise_tops(s);
         if (threadIdx.x % kWarp == 0) Shared::changes(message_.at())[threadIdx.x / kWarp] = moves;
 #pragma unroll

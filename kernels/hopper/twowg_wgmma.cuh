@@ -9,26 +9,6 @@ constexpr bool kIsFp16 = false;
 template <>
 constexpr bool kIsFp16<fp16> = true;
 
-#define FUSEDMLA_ACC16(i) FUSEDMLA_ACC4(i), FUSEDMLA_ACC4((i) + 4), FUSEDMLA_ACC4((i) + 8), FUSEDMLA_ACC4((i) + 12)
-#define FUSEDMLA_ACC64 FUSEDMLA_ACC16(0), FUSEDMLA_ACC16(16), FUSEDMLA_ACC16(32), FUSEDMLA_ACC16(48)
-
-#define FUSEDMLA_REGS64                                                                               \
-    FUSEDMLA_REGS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-                    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
-// D[64, 128] += A[64, 16] B[16, 128]; A in registers, B with its columns contiguous, in two blocks of 64.
-#define FUSEDMLA_WGMMA_128(T, PTX_TYPE)                                                                             \
-    __device__ inline void wgmma_128(float (&d)[64], const uint32_t (&a)[4], uint64_t b, T) {                          \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." PTX_TYPE "." PTX_TYPE                            \
-                     " {" FUSEDMLA_REGS64 "}, "                                                                    \
-                     "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                        \
-                     : FUSEDMLA_ACC64                                                                                \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                          \
-    }
-
-FUSEDMLA_WGMMA_128(bf16, "bf16")
-FUSEDMLA_WGMMA_128(fp16, "f16")
-
 // An address as descriptors count. Above these bits the address of a cluster's other CTAs has their rank.
 __device__ inline uint32_t units_of(uint32_t address) { return address >> 4 & 0x3FFF; }
 

@@ -4,6 +4,26 @@
 
 #include "ptx.cuh"
 
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Keeps the compiler from moving uses of accumulators across the surrounding asm statements.
+template <int COUNT>
+__device__ inline void keep_in_order(float (&values)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+// Descriptor of a shared-memory operand in the 128-byte swizzle: rows of 128 bytes, every eight of them `stride` bytes
+// further. K-major operands: a row is 64 16-bit elements of k. M- or N-major ones: a row is 64 elements of m or n.
+__device__ inline uint64_t descriptor_128b(uint32_t address, uint32_t stride = 1024) {
+    constexpr uint64_t kSwizzle128 = 1;
+    return (uint64_t{1} << 16) | (uint64_t{stride >> 4} << 32) | (kSwizzle128 << 62) | ((address & 0x3FFFF) >> 4);
+}
+
 template <typename T, int N>
 struct Wgmma;
 
@@ -55,3 +75,41 @@ FUSEDMLA_WGMMA_BOTH(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
 FUSEDMLA_WGMMA_BOTH(24, 12, "%12", "%13", "%14", "%15", "%16", "%17")
 FUSEDMLA_WGMMA_BOTH(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 FUSEDMLA_WGMMA_BOTH(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+
+#define FUSEDMLA_ACC16(i) FUSEDMLA_ACC4(i), FUSEDMLA_ACC4((i) + 4), FUSEDMLA_ACC4((i) + 8), FUSEDMLA_ACC4((i) + 12)
+#define FUSEDMLA_ACC64 FUSEDMLA_ACC16(0), FUSEDMLA_ACC16(16), FUSEDMLA_ACC16(32), FUSEDMLA_ACC16(48)
+
+#define FUSEDMLA_REGS64                                                                               \
+    FUSEDMLA_REGS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+                    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// D[64, 128] += A[64, 16] B[16, 128]; A in registers, B with its columns contiguous, in two blocks of 64.
+#define FUSEDMLA_WGMMA_128(T, PTX_TYPE)                                                                             \
+    __device__ inline void wgmma_128(float (&d)[64], const uint32_t (&a)[4], uint64_t b, T) {                          \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." PTX_TYPE "." PTX_TYPE                            \
+                     " {" FUSEDMLA_REGS64 "}, "                                                                    \
+                     "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                        \
+                     : FUSEDMLA_ACC64                                                                                \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                          \
+    }
+
+FUSEDMLA_WGMMA_128(bf16, "bf16")
+FUSEDMLA_WGMMA_128(fp16, "f16")
+
+// ---- 8-bit operands ----
+
+// D[64, 128] (+)= A[64, 32] B[32, 128], both operands in shared memory with k contiguous.
+__device__ inline void wgmma_e4m3_128(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" FUSEDMLA_REGS64 "}, %64, %65, p, 1, 1;\n}\n"
+                 : FUSEDMLA_ACC64
+                 : "l"(a), "l"(b), "r"(int(accumulate)));
+}
+// D[64, 32] (+)= A[64, 32] B[32, 32], A in registers.
+__device__ inline void wgmma_e4m3_32(float (&d)[16], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" FUSEDMLA_REGS16
+                 "}, {%16, %17, %18, %19}, %20, p, 1, 1;\n}\n"
+                 : FUSEDMLA_ACC_16
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+}

@@ -4,13 +4,6 @@
 
 #include "ptx.cuh"
 
-// Four e4m3 codes to two pairs of fp16, which holds every one of them exactly.
-__device__ inline void widen(uint32_t codes, uint32_t& low, uint32_t& high) {
-    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, h;\n}\n"
-        : "=r"(low), "=r"(high)
-        : "r"(codes));
-}
-
 // Fragments of 16 tokens x 32 bytes: two steps of 16 elements. A lane has four neighbouring elements of a step where
 // wgmma expects two pairs 8 apart; the query is laid out to match (query_8bit.cuh).
 __device__ inline void widen_steps(const uint32_t (&raw)[4], uint32_t (&a)[2][4]) {
