@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels, run on a CPU: right, and bit-equal, in any order of what their warps and copies do."""
+
+import random
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import emulated  # noqa: E402
+from problems import assert_matches, cosine_difference, make_problem, random_lengths  # noqa: E402
+from sparse_problems import make_sparse_problem  # noqa: E402
+
+from vllm_fusedmla.kernels import dense_decode, hopper, sparse_decode  # noqa: E402
+from vllm_fusedmla.kernels.hopper.variants import ROWS_NAME  # noqa: E402
+from vllm_fusedmla.kernels.plan import make_plan  # noqa: E402
+from vllm_fusedmla.kernels.select import DecodeConfig  # noqa: E402
+from vllm_fusedmla.kernels.sparse_plan import make_sparse_plan  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run them on"),
+    pytest.mark.skipif(not emulated.usable(), reason="no C++ compiler"),
+]
+
+DENSE = {  # kernel: cache format, name in the selection table, rows of a block
+    "swapab_bf16_n8": ("bf16", "swapab", 8),
+    "swapab_fp16_n24": ("fp16", "swapab", 24),
+    "swapab_fp8_n16": ("fp8", "swapab", 16),
+    "swapab_fp8_n32": ("fp8", "swapab", 32),
+    "swapab_fp8_ds_mla_n24": ("fp8_ds_mla", "swapab", 24),
+    "twowg_bf16_c1": ("bf16", "twowg", 64),
+    "twowg_bf16_c2": ("bf16", "twowg", 64),
+    "twowg_fp8_c2": ("fp8", "twowg", 64),
+    ROWS_NAME: ("fp8_ds_mla", "twowg_rows", 64),
+    "twowg_e4m3_c1": ("fp8", "twowg_e4m3", 64),
+}
+SPARSE = {
+    "swapab_gather_bf16_n8": ("bf16", "swapab_gather", 8),
+    "swapab_gather_fp8_ds_mla_n16": ("fp8_ds_mla", "swapab_gather", 16),
+    "twowg_gather_bf16": ("bf16", "twowg_gather", 64),
+    "twowg_gather_fp8_ds_mla": ("fp8_ds_mla", "twowg_gather", 64),
+}
+
+
+@pytest.fixture(scope="session")
+def build_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulated")
+
+
+def install(emulator, monkeypatch):
+    """Have the launching modules launch on it."""
+    monkeypatch.setitem(sys.modules, "vllm_fusedmla.kernels.hopper.launch", emulator)
+    monkeypatch.setattr(hopper, "launch", emulator, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    from vllm_fusedmla.kernels.hopper import decode, sparse
+
+    for module in (decode, sparse):
+        monkeypatch.setattr(module, "launch", emulator)
+    return emulator
+
+
+@pytest.fixture
+def emulator(build_folder, monkeypatch, seed):
+    return install(emulated.Emulator(build_folder, seed=seed), monkeypatch)
+
+
+def dense_problem(name, **changes):
+    """Heads and query tokens that the kernel suits, in one block of rows or two."""
+    cache_format, _, block = DENSE[name]
+    s_q = random.choice([1, 2, 3])
+    least, most = {"1": (1, 64), "2": (65, 128)}.get(name.partition("_c")[2], (1, 2 * block))
+    h_q = random.randint(-(-least // s_q), most // s_q)
+    spread = 1.0 if "e4m3" in name else 2.0
+    options = {"page_size": random.choice([16, 48, 64, 128]), "extra_stride": random.choice([0, 64])}
+    problem = make_problem(
+        random_lengths(random.randint(1, 3), 700), h_q=h_q, s_q=s_q, cache_format=cache_format, spread=spread,
+        **{**options, **changes},
+    )  # fmt: skip
+    if cache_format == "fp8" and random.random() < 0.3:
+        problem.q = problem.q.half()
+    return problem
+
+
+def attend(emulator, name, problem, programs, batch_invariant=False):
+    _, kernel, block = DENSE[name]
+    s_q, h_q = problem.q.shape[1:3]
+    config = DecodeConfig(kernel, block, 64, 12, 0, 1, 1, 1, "forced")
+    sms = programs * hopper.row_blocks(config, s_q * h_q)
+    plan = make_plan(config, s_q * h_q, sms, batch_invariant, max_splits=4)
+    result = dense_decode.mla_decode(*problem.arguments(), k_scale=problem.k_scale, plan=plan)
+    assert emulator.launched[-1] == name and not emulator.last_counters.any()
+    return result
+
+
+def assert_right(name, problem, out, lse):
+    if "e4m3" not in name:
+        assert_matches(problem, out, lse)
+        return
+    want, want_lse = problem.expected()
+    finite = torch.isfinite(want_lse)
+    assert cosine_difference(out, want) < 2e-3 and torch.equal(torch.isfinite(lse), finite)
+    assert not finite.any() or (lse.double() - want_lse)[finite].abs().max() < 0.25
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_twice(name, emulator):
+    """Twice, in another order of events: an error, or a bit, that moves between runs is a race."""
+    problem, programs, batch_invariant = dense_problem(name), random.choice([1, 2, 3]), random.random() < 0.3
+    first, second = (attend(emulator, name, problem, programs, batch_invariant) for _ in range(2))
+    assert_right(name, problem, *first)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", ["swapab_bf16_n8", "swapab_fp8_n32", "twowg_bf16_c1", "twowg_fp8_c2"])
+def test_many_pieces_of_a_request(name, emulator):
+    problem = dense_problem(name)
+    problem = make_problem([600, 0], h_q=problem.q.shape[2], s_q=problem.q.shape[1], cache_format=DENSE[name][0])
+    assert_right(name, problem, *attend(emulator, name, problem, programs=6))
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_twice(name, emulator):
+    cache_format, kernel, heads = SPARSE[name]
+    problem = make_sparse_problem(
+        random_lengths(2, 700), h_q=random.randint(1, heads), s_q=random.choice([1, 2]), topk=random.choice([64, 448]),
+        cache_format=cache_format, slots=random.random() < 0.5, lengths=random.random() < 0.5,
+        holes=random.choice([0.0, 0.2, 0.9]),
+    )  # fmt: skip
+    h_q = problem.q.shape[2]
+    config = DecodeConfig(kernel, heads, 64, 12, 0, 1, 1, 1, "forced")
+    plan = make_sparse_plan(config, h_q, random.choice([3, 8, 16]), batch_invariant=random.random() < 0.3)
+    emulator.num_sms = random.choice([8, 16])
+    first, second = (
+        sparse_decode.mla_sparse_decode(*problem.arguments(), plan=plan, **problem.keywords()) for _ in range(2)
+    )
+    assert emulator.launched[-1] == name
+    assert_matches(problem, *first)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+MISTAKES = {  # kernel: file, what is left out of it, the complaint
+    "twowg_bf16_c1": ("twowg_query.cuh", "copy<true>(ring);", None),
+    "twowg_fp8_c2": ("twowg_multiply.cuh", "release_message();", "all threads wait"),
+    "swapab_bf16_n8": ("swapab_copy.cuh", "mbarrier_wait(shared.empty(ring.stage()), ring.phase() ^ 1);", None),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_noticed(name, monkeypatch, tmp_path, seed):
+    file, left_out, complaint = MISTAKES[name]
+    code = tmp_path / "sources"
+    code.mkdir()
+    for source in (*emulated.KERNELS.glob("*.cuh"), *emulated.KERNELS.glob("*.cu")):
+        text = source.read_text()
+        if source.name == file:
+            assert left_out in text
+            text = text.replace(left_out, "")
+        (code / source.name).write_text(text)
+    emulator = install(emulated.Emulator(tmp_path, code, seed), monkeypatch)
+    rows = DENSE[name][2] * (2 if "_c2" in name else 1)
+    problem = make_problem([900, 400], h_q=rows, cache_format=DENSE[name][0])
+    with pytest.raises((AssertionError, emulated.EmulationError), match=complaint):
+        for _ in range(5):
+            assert_right(name, problem, *attend(emulator, name, problem, programs=1))
