@@ -63,7 +63,7 @@ class Emulator:
         defines = [f"-D{key}={value}" for key, value in variant.defines.items()]
         done = subprocess.run([COMPILER, *_FLAGS, *defines, main, "-o", library], capture_output=True, text=True)
         if done.returncode:
-            raise EmulationError(f"{name} does not compile: {done.stderr}")
+            raise RuntimeError(f"{name} does not compile: {done.stderr}")
         return library
 
     # ---- the interface of launch.py ----

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 import emulated  # noqa: E402
-from problems import assert_matches, cosine_difference, make_problem, random_lengths  # noqa: E402
+import forced  # noqa: E402
+from problems import assert_matches, make_problem, random_lengths  # noqa: E402
 from sparse_problems import make_sparse_problem  # noqa: E402
 
 from vllm_fusedmla.kernels import dense_decode, hopper, sparse_decode  # noqa: E402
-from vllm_fusedmla.kernels.hopper.variants import ROWS_NAME  # noqa: E402
 from vllm_fusedmla.kernels.plan import make_plan  # noqa: E402
 from vllm_fusedmla.kernels.select import DecodeConfig  # noqa: E402
 from vllm_fusedmla.kernels.sparse_plan import make_sparse_plan  # noqa: E402
@@ -23,19 +23,19 @@ pytestmark = [
     pytest.mark.skipif(not emulated.usable(), reason="no C++ compiler"),
 ]
 
-DENSE = {  # kernel: cache format, name in the selection table, rows of a block
-    "swapab_bf16_n8": ("bf16", "swapab", 8),
-    "swapab_fp16_n24": ("fp16", "swapab", 24),
-    "swapab_fp8_n16": ("fp8", "swapab", 16),
-    "swapab_fp8_n32": ("fp8", "swapab", 32),
-    "swapab_fp8_ds_mla_n24": ("fp8_ds_mla", "swapab", 24),
-    "twowg_bf16_c1": ("bf16", "twowg", 64),
-    "twowg_bf16_c2": ("bf16", "twowg", 64),
-    "twowg_fp8_c2": ("fp8", "twowg", 64),
-    ROWS_NAME: ("fp8_ds_mla", "twowg_rows", 64),
-    "twowg_e4m3_c1": ("fp8", "twowg_e4m3", 64),
-}
-SPARSE = {
+DENSE = [
+    "swapab_bf16_n8",
+    "swapab_fp16_n24",
+    "swapab_fp8_n16",
+    "swapab_fp8_n32",
+    "swapab_fp8_ds_mla_n24",
+    "twowg_bf16_c1",
+    "twowg_bf16_c2",
+    "twowg_fp8_c2",
+    "twowg_fp8_ds_mla",
+    "twowg_e4m3_c1",
+]
+SPARSE = {  # kernel: cache format, name in the selection table, heads of a block
     "swapab_gather_bf16_n8": ("bf16", "swapab_gather", 8),
     "swapab_gather_fp8_ds_mla_n16": ("fp8_ds_mla", "swapab_gather", 16),
     "twowg_gather_bf16": ("bf16", "twowg_gather", 64),
@@ -65,42 +65,28 @@ def emulator(build_folder, monkeypatch, seed):
     return install(emulated.Emulator(build_folder, seed=seed), monkeypatch)
 
 
-def dense_problem(name, **changes):
+def dense_problem(name, lengths=None):
     """Heads and query tokens that the kernel suits, in one block of rows or two."""
-    cache_format, _, block = DENSE[name]
-    s_q = random.choice([1, 2, 3])
-    least, most = {"1": (1, 64), "2": (65, 128)}.get(name.partition("_c")[2], (1, 2 * block))
+    s_q, block = random.choice([1, 2, 3]), forced.config_of(name).block_h
+    least = block + 1 if name.endswith("_c2") else 1
+    most = block if name.endswith("_c1") else 2 * block
     h_q = random.randint(-(-least // s_q), most // s_q)
-    spread = 1.0 if "e4m3" in name else 2.0
-    options = {"page_size": random.choice([16, 48, 64, 128]), "extra_stride": random.choice([0, 64])}
     problem = make_problem(
-        random_lengths(random.randint(1, 3), 700), h_q=h_q, s_q=s_q, cache_format=cache_format, spread=spread,
-        **{**options, **changes},
+        lengths or random_lengths(random.randint(1, 3), 700), h_q=h_q, s_q=s_q,
+        cache_format=forced.format_of(name), spread=forced.spread_of(name), page_size=random.choice([16, 48, 64, 128]),
+        extra_stride=random.choice([0, 64]),
     )  # fmt: skip
-    if cache_format == "fp8" and random.random() < 0.3:
+    if problem.cache_format == "fp8" and random.random() < 0.3:
         problem.q = problem.q.half()
     return problem
 
 
 def attend(emulator, name, problem, programs, batch_invariant=False):
-    _, kernel, block = DENSE[name]
-    s_q, h_q = problem.q.shape[1:3]
-    config = DecodeConfig(kernel, block, 64, 12, 0, 1, 1, 1, "forced")
-    sms = programs * hopper.row_blocks(config, s_q * h_q)
-    plan = make_plan(config, s_q * h_q, sms, batch_invariant, max_splits=4)
+    rows, config = problem.q.shape[1] * problem.q.shape[2], forced.config_of(name)
+    plan = make_plan(config, rows, programs * hopper.row_blocks(config, rows), batch_invariant, max_splits=4)
     result = dense_decode.mla_decode(*problem.arguments(), k_scale=problem.k_scale, plan=plan)
     assert emulator.launched[-1] == name and not emulator.last_counters.any()
     return result
-
-
-def assert_right(name, problem, out, lse):
-    if "e4m3" not in name:
-        assert_matches(problem, out, lse)
-        return
-    want, want_lse = problem.expected()
-    finite = torch.isfinite(want_lse)
-    assert cosine_difference(out, want) < 2e-3 and torch.equal(torch.isfinite(lse), finite)
-    assert not finite.any() or (lse.double() - want_lse)[finite].abs().max() < 0.25
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -108,15 +94,14 @@ def test_dense_twice(name, emulator):
     """Twice, in another order of events: an error, or a bit, that moves between runs is a race."""
     problem, programs, batch_invariant = dense_problem(name), random.choice([1, 2, 3]), random.random() < 0.3
     first, second = (attend(emulator, name, problem, programs, batch_invariant) for _ in range(2))
-    assert_right(name, problem, *first)
+    forced.assert_right(name, problem, *first)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("name", ["swapab_bf16_n8", "swapab_fp8_n32", "twowg_bf16_c1", "twowg_fp8_c2"])
 def test_many_pieces_of_a_request(name, emulator):
-    problem = dense_problem(name)
-    problem = make_problem([600, 0], h_q=problem.q.shape[2], s_q=problem.q.shape[1], cache_format=DENSE[name][0])
-    assert_right(name, problem, *attend(emulator, name, problem, programs=6))
+    problem = dense_problem(name, [600, 0])
+    forced.assert_right(name, problem, *attend(emulator, name, problem, programs=6))
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -158,8 +143,8 @@ def test_mistakes_are_noticed(name, monkeypatch, tmp_path, seed):
             text = text.replace(left_out, "")
         (code / source.name).write_text(text)
     emulator = install(emulated.Emulator(tmp_path, code, seed), monkeypatch)
-    rows = DENSE[name][2] * (2 if "_c2" in name else 1)
-    problem = make_problem([900, 400], h_q=rows, cache_format=DENSE[name][0])
+    rows = forced.config_of(name).block_h * (2 if name.endswith("_c2") else 1)
+    problem = make_problem([900, 400], h_q=rows, cache_format=forced.format_of(name))
     with pytest.raises((AssertionError, emulated.EmulationError), match=complaint):
         for _ in range(5):
-            assert_right(name, problem, *attend(emulator, name, problem, programs=1))
+            forced.assert_right(name, problem, *attend(emulator, name, problem, programs=1))

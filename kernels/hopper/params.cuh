@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one parameter of every kernel here. launch.py mirrors it field by field.
+// The one parameter of every kernel here. params.py mirrors it field by field.
 #pragma once
 
 #include "ptx_copy.cuh"
@@ -23,7 +23,8 @@ struct Strides {  // in elements
 };
 
 struct Params {
-    TensorMap latent;      // 16-bit caches: whole rows
+    // Of columns, 8 tokens, blocks of columns, groups of 8 tokens of a page, pages: see decode.py. 16-bit caches: whole rows.
+    TensorMap latent;
     TensorMap rope;        // 8-bit caches; of 16-bit ones where it is copied apart (twowg)
     TensorMap scales;      // fp8_ds_mla
     const void* q_nope;    // [b, s_q, h_q, 512]

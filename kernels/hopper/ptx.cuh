@@ -107,6 +107,7 @@ __device__ inline uint32_t address_in(uint32_t smem, int rank) {
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem), "r"(rank));
     return address;
 }
+// Without clusters a CTA is one: then the number of the CTA.
 __device__ inline int cluster_id() {
     int id;
     asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));

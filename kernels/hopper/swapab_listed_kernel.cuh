@@ -16,11 +16,6 @@ namespace {
 // With fewer rows what a launch gives suffices, and a start takes less long.
 constexpr bool kMovesRegisters = N > (FORMAT == Format::kSixteenBit ? 16 : 8);
 
-// Without clusters a CTA is one: then the number of the CTA.
-__device__ inline int first_request() {
-    return cluster_id();
-}
-
 __device__ inline Share share_of(const Params& p, int request) {
     const int ranks = cluster_size(), rank = cluster_cta_rank();
     Share share;
@@ -59,7 +54,7 @@ __device__ inline void consume(const Params& p, const Shared& shared) {
     if constexpr (kMovesRegisters) raise_registers<kConsumerRegisters>();
     TileRing ring;
 #pragma unroll 1
-    for (int request = first_request(); request < p.schedule.b; request += gridDim.x) {  // a cluster's CTA has but one
+    for (int request = cluster_id(); request < p.schedule.b; request += gridDim.x) {  // a cluster's CTA has but one
         load_query(p, shared, request);
         const Share share = share_of(p, request);
         if (cluster_size() > 1 && threadIdx.x / kWarp == kConsumers / kWarp - 1)
@@ -79,7 +74,7 @@ __device__ inline void gather(const Params& p, const Shared& shared) {
     if constexpr (kMovesRegisters) lower_registers<kProducerRegisters>();
     Gatherer gatherer(p, shared);
 #pragma unroll 1
-    for (int request = first_request(); request < p.schedule.b; request += gridDim.x) {
+    for (int request = cluster_id(); request < p.schedule.b; request += gridDim.x) {
         const Share share = share_of(p, request);
         gatherer.gather_item(share);
         if (cluster_size() > 1) ClusterMerge(p, shared).weigh(share);

@@ -35,14 +35,19 @@ def rounds(name: str) -> bool:
     return "_e4m3" in name
 
 
+def config_of(name: str) -> DecodeConfig:
+    """The configuration of a kernel of hopper/ that serves paged requests."""
+    kernel = "twowg_e4m3" if rounds(name) else "twowg_rows" if name == ROWS_NAME else name.split("_")[0]
+    block_h = int(name.rsplit("_n", 1)[1]) if kernel == "swapab" else 64
+    return DecodeConfig(kernel, block_h, 64, 12, 0, 1, 1, 1, "forced")
+
+
 def plan_of(name: str, rows: int, device: torch.device, batch_invariant: bool = False):
     """A plan that launches the kernel `name`."""
     arch, num_sms = device_facts(device)
     if name in PORTABLE:
         return make_plan(select_portable(arch, rows, format_of(name)), rows, num_sms, batch_invariant)
-    kernel = "twowg_e4m3" if rounds(name) else "twowg_rows" if name == ROWS_NAME else name.split("_")[0]
-    block_h = int(name.rsplit("_n", 1)[1]) if kernel == "swapab" else 64
-    plan = make_plan(DecodeConfig(kernel, block_h, 64, 12, 0, 1, 1, 1, "forced"), rows, num_sms, batch_invariant)
+    plan = make_plan(config_of(name), rows, num_sms, batch_invariant)
     assert hopper.variant_of(plan.config, format_of(name), rows) == name
     return plan
 
