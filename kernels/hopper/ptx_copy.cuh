@@ -63,9 +63,6 @@ __device__ inline void bulk_load(uint32_t smem, const void* from, uint32_t bytes
         "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
         : "memory");
 }
-__device__ inline void prefetch_bulk(const void* from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
 __device__ inline void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // ---- asynchronous copies of 16 bytes ----

@@ -36,3 +36,11 @@ __device__ inline float largest(const float (&a)[8], float so_far) {
     for (int i = 0; i < 8; ++i) so_far = fmaxf(so_far, fabsf(a[i]));
     return so_far;
 }
+
+// Of eight 16-bit floats, bfloat16 or float16: magnitudes order as integers do.
+__device__ inline uint32_t largest_16bit(uint4 bits) {
+    constexpr uint32_t kMagnitudes = 0x7FFF7FFF;
+    const uint32_t most = __vmaxu2(__vmaxu2(bits.x & kMagnitudes, bits.y & kMagnitudes),
+                                   __vmaxu2(bits.z & kMagnitudes, bits.w & kMagnitudes));
+    return max(most & 0xFFFF, most >> 16);
+}

@@ -8,18 +8,31 @@
 
 // `unit` counts 16 bytes along a row.
 template <int N>
+__device__ inline int offset_of_unit(int row, int unit) {
+    return unit / 8 * N * 128 + row * 128 + ((unit % 8 ^ (row & 7)) << 4);
+}
+template <int N>
 __device__ inline void put_unit(uint8_t* query, int row, int unit, uint4 bits) {
-    *reinterpret_cast<uint4*>(query + unit / 8 * N * 128 + row * 128 + ((unit % 8 ^ (row & 7)) << 4)) = bits;
+    *reinterpret_cast<uint4*>(query + offset_of_unit<N>(row, unit)) = bits;
 }
 
 // Sixteen elements as fp16: first the first two of every four, then the other two; see widen_steps.
+__device__ inline void to_widened_order(const float (&a)[8], const float (&b)[8], float scale, uint4 (&units)[2]) {
+    const auto two = [&](const float (&x)[8], int i) { return pack_16bit(x[i] * scale, x[i + 1] * scale, true); };
+    units[0] = {two(a, 0), two(a, 4), two(b, 0), two(b, 4)};
+    units[1] = {two(a, 2), two(a, 6), two(b, 2), two(b, 6)};
+}
 template <int N>
 __device__ inline void put_widened_order(uint8_t* query, int row, int pair, const float (&a)[8], const float (&b)[8],
                                          float scale) {
-    const auto two = [&](const float (&x)[8], int i) { return pack_16bit(x[i] * scale, x[i + 1] * scale, true); };
-    put_unit<N>(query, row, 2 * pair, {two(a, 0), two(a, 4), two(b, 0), two(b, 4)});
-    put_unit<N>(query, row, 2 * pair + 1, {two(a, 2), two(a, 6), two(b, 2), two(b, 6)});
+    uint4 units[2];
+    to_widened_order(a, b, scale, units);
+    put_unit<N>(query, row, 2 * pair, units[0]);
+    put_unit<N>(query, row, 2 * pair + 1, units[1]);
 }
+
+// A row's elements times 2^-exponent fit fp16, whose range bfloat16 exceeds, and keep their bits: most <= 2^exponent.
+__device__ inline int exponent_over(float most) { return (__float_as_int(most) >> 23) - 126; }
 
 // Sixteen latent elements of a row a lane; of the rope part, sixteen by each of the first four lanes.
 struct EightBitRow {
@@ -28,11 +41,11 @@ struct EightBitRow {
     float most_nope, most;  // largest magnitude of the latent part, of all
 };
 
-// Calls put(n, row) for the rows n of the block that are the warp's (of eight); the loads of two or four rows are in
-// flight together. Of more there would be more code than their latency is worth.
+// Calls put(n, row) for the rows n of the block that are the warp's (of eight); the loads of two rows are in flight
+// together. Of more there would be more code than their latency is worth.
 template <int N, typename Put>
 __device__ inline void for_query_rows(const Params& p, int request, int row0, int warp, const Put& put) {
-    constexpr int kTogether = N / 8 < 2 ? N / 8 : N > 32 ? 4 : 2;
+    constexpr int kTogether = N / 8 < 2 ? N / 8 : 2;
     const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
     for (int first = warp; first < N; first += 8 * kTogether) {
@@ -66,14 +79,14 @@ __device__ inline void for_query_rows(const Params& p, int request, int row0, in
     }
 }
 
-// Into fp16 by a power of two a row, so that bfloat16's range cannot overflow and its 8 bits are kept. `row_scale`
+// Into fp16 by a power of two a row. `row_scale`
 // receives what undoes it, times scale_log2: what scores are to be multiplied by. The rope part of an fp8_ds_mla cache is bfloat16: so is the query's.
 template <int N, bool ROPE_IS_BF16>
 __device__ inline void load_query_8bit(const Params& p, uint8_t* query, float* row_scale, float scale_log2,
                                        int request, int row0, int warp) {
     const int lane = threadIdx.x % kWarp;
     const auto put = [&](int n, const EightBitRow& row) {
-        const int exponent = (__float_as_int(ROPE_IS_BF16 ? row.most_nope : row.most) >> 23) - 126;  // most <= 2^exponent
+        const int exponent = exponent_over(ROPE_IS_BF16 ? row.most_nope : row.most);
         const float scale = exp2f(float(-exponent));
         put_widened_order<N>(query, n, lane, row.nope[0], row.nope[1], scale);
         if (lane < 4) {

@@ -2,7 +2,7 @@
 // Shared memory of the swap-AB kernel: what lies where, for each cache format and number of query rows.
 #pragma once
 
-#include "swapab_merge.cuh"
+#include "merge.cuh"
 
 enum class Format { kSixteenBit, kFp8, kFp8DsMla };
 

@@ -5,23 +5,6 @@
 #include "query.cuh"
 #include "twowg_query.cuh"
 
-// The query of an item into L2, where it will be looked for some spans later. A warp's work, of some 5000 cycles.
-__device__ inline void prefetch_query(const Params& p, int request) {
-#pragma unroll 1
-    for (int i = threadIdx.x % kWarp; i < kRows; i += kWarp) {
-        const QueryRow row = query_row(p, request, blockIdx.x * kRows + i);
-        if (row.nope == nullptr) continue;
-        prefetch_bulk(row.nope, kLatent * 2);
-        prefetch_bulk(row.rope, kRope * 2);
-    }
-}
-
-// The same unless it is the program's first: then everybody waits for tiles, and the query is being read already.
-__device__ inline void prefetch_later_query(const Params& p, int request, bool& is_first) {
-    if (!is_first) prefetch_query(p, request);
-    is_first = false;
-}
-
 class Copier {
   public:
     __device__ explicit Copier(const Params& p) : p_(p) {}
@@ -39,9 +22,7 @@ class Copier {
         const int lane = threadIdx.x % kWarp;
         if (kE4m3)
             copy_query(item.request);
-        else if (kTurned)
-            prefetch_later_query(p_, item.request, is_first_);
-        else
+        else if (kQueryQuarters > 0)
             let_query_come();
         const int boxes = kSpan / box_tokens();  // of a span
         const int ahead = kWarp / boxes;         // spans whose pages the warp looks up at once
@@ -128,7 +109,6 @@ class Copier {
     __device__ static constexpr uint64_t policy() { return kEvictNormal; }  // evict-first costs read rate
 
     const Params& p_;
-    bool is_first_ = true;
     unsigned items_ = 0;
     Ring<kQuarterSlots> quarters_;
     static constexpr int kRopeBlock = kTurned ? 0 : 8;  // of 128 bytes, where its map begins

@@ -19,14 +19,6 @@ __device__ inline uint64_t descriptor_64b(uint32_t units) {
     return kSwizzle64 | uint64_t{512 >> 4} << 32 | (1u << 16 | units);
 }
 
-// Of eight 16-bit floats, bfloat16 or float16: magnitudes order as integers do.
-__device__ inline uint32_t largest_16bit(uint4 bits) {
-    constexpr uint32_t kMagnitudes = 0x7FFF7FFF;
-    const uint32_t most = __vmaxu2(__vmaxu2(bits.x & kMagnitudes, bits.y & kMagnitudes),
-                                   __vmaxu2(bits.z & kMagnitudes, bits.w & kMagnitudes));
-    return max(most & 0xFFFF, most >> 16);
-}
-
 // Rounding the query, which came through the ring, with each row's largest element at e4m3's largest value: by the
 // multipliers, who have the warps for it, each the rows in the quarters that are its own. A warp does eight rows.
 template <bool IS_FP16>

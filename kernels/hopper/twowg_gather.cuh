@@ -24,13 +24,9 @@ class Gatherer {
 
     // A row for each of the first 16 lanes. The next tile's entries are on their way meanwhile.
     __device__ void gather_item(const Item& item) {
-        if constexpr (kScaled) {
-            if (warp() == 0) prefetch_query(p_, item.request);
-        } else {
-            const Ring<kQuarterSlots> slots = quarters_;
-            pass_query_slots(quarters_);
-            loader_.begin(item.request, slots);
-        }
+        const Ring<kQuarterSlots> slots = quarters_;
+        pass_query_slots(quarters_);
+        loader_.begin(item.request, slots);
         int entry = entry_of(item, item.tile_begin);
 #pragma unroll 1
         for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
@@ -40,9 +36,9 @@ class Gatherer {
                 copy_rows(from);
             else
                 copy_pieces(from);
-            if (!kScaled && tile == item.tile_begin) loader_.finish(item.request);
+            if (tile == item.tile_begin) loader_.finish(item.request);
         }
-        if (!kScaled && item.tile_begin == item.tile_end) loader_.finish(item.request);
+        if (item.tile_begin == item.tile_end) loader_.finish(item.request);
     }
 
     __device__ int entry_of(const Item& item, int tile) const {
@@ -58,13 +54,12 @@ class Gatherer {
         const int row = warp() * kRowsOfWarp + lane();
         mbarrier_wait(Shared::quarter_empty(quarters_.at()), quarters_.phase() ^ 1);
         if (from == nullptr && lane() < kRowsOfWarp) clear_row(row);
-        if (lane() == 0) Shared::valid(tiles_)[warp()] = valid;
+        if (lane() == 0) Shared::valid(quarters_.turn())[warp()] = valid;
         __syncwarp();
         if (lane() == 0) mbarrier_expect_tx(full, __popc(valid) * kRowBytes);
         __syncwarp();
         if (from != nullptr) bulk_load(Shared::quarter(quarters_.at()) + row * kRowBytes, from, kRowBytes, full);
         quarters_.advance();
-        ++tiles_;
     }
 
     // Zeros, for what an older tile has left is not to be multiplied, not even by 0.
@@ -92,7 +87,7 @@ class Gatherer {
         copy_blocks<1>(address, valid, Shared::rope(rope_.at()));
         arrive_with_copies(Shared::rope_full(rope_.at()));
         if (lane() == 0) {
-            Shared::valid(rope_.phase() * kRopeSlots + rope_.at())[warp()] = valid;
+            Shared::valid(rope_.turn())[warp()] = valid;
             mbarrier_arrive(Shared::rope_full(rope_.at()));
         }
         rope_.advance();
@@ -119,5 +114,4 @@ class Gatherer {
     QueryLoader loader_;
     Ring<kQuarterSlots> quarters_;
     Ring<kRopeSlots> rope_;
-    int tiles_ = 0;  // fp8_ds_mla: so far
 };

@@ -2,7 +2,7 @@
 // A multiplying warpgroup of the 64-row kernel: its query, its 256 columns of O from item to item, and the result.
 #pragma once
 
-#include "query_8bit.cuh"
+#include "merge.cuh"
 #include "twowg_tasks.cuh"
 #include "twowg_values.cuh"
 
@@ -21,17 +21,25 @@ __device__ inline void feed_tasks() {
     feeder.save();
 }
 
+__device__ inline void merge(const Params& p, const Item& item) {
+    const int row0 = blockIdx.x * kRows, thread = multiplier_thread();
+    const int rows_here = max(min(p.s_q * p.h_q - row0, kRows), 0);  // none if a cluster was filled up
+    const bool to_fp16 = out_is_fp16(p);
+    float* scratch = Shared::scratch();
+    if (item.pieces > 4)
+        MergeShare<kMultipliers, 1, 8>(p, item, row0, rows_here, thread).run(to_fp16, kMultipliersBarrier, scratch);
+    else
+        MergeShare<kMultipliers, 4, 2>(p, item, row0, rows_here, thread).run(to_fp16, kMultipliersBarrier, scratch);
+}
+
 // What comes after all of the program's own work, by both multipliers.
 __device__ inline void merge_split(const Params& p) {
     for (; Tasks::wait() == Step::kMerge; Tasks::done(), feed_tasks()) {
         const Item& item = Tasks::item();
-        const int row0 = blockIdx.x * kRows, thread = multiplier_thread();
-        if (thread == 0) wait_for_pieces(counter_of(p, item), item.pieces);
+        if (multiplier_thread() == 0) wait_for_pieces(counter_of(p, item), item.pieces);
         named_barrier_sync(kMultipliersBarrier, kMultipliers);
-        const int rows_here = max(min(p.s_q * p.h_q - row0, kRows), 0);  // none if a cluster was filled up
-        merge_share<kMultipliers>(p, item, row0, rows_here, out_is_fp16(p), thread, kMultipliersBarrier,
-                                  Shared::scratch());
-        if (thread == 0) leave(counter_of(p, item), item.pieces);
+        merge(p, item);
+        if (multiplier_thread() == 0) leave(counter_of(p, item), item.pieces);
     }
 }
 
@@ -51,7 +59,7 @@ class Multiplier : Values<T> {
             feed_tasks();
             if (!ready) {
                 if (Tasks::wait() != Step::kAttend) break;
-                if constexpr (kTurned) load_query();
+                if constexpr (kE4m3) round_my_rows();
                 if (Feeder::is_at_first()) {  // all others are busy with it now: time to work out more
                     ready = true;
                     continue;
@@ -85,18 +93,7 @@ class Multiplier : Values<T> {
         }
     }
 
-    // For the scorer, who has done with the last one. Widened tiles: see load_query_8bit; e4m3: see round_query.
-    __device__ void load_query() {
-        if constexpr (kWidens) {
-            load_query_8bit<kRows, kScaled>(p_, shared_memory + kQueryAt, Shared::row_scales(), p_.scale_log2 * k_scale_of(p_),
-                                          Tasks::item().request, row0(), multiplier_thread() / kWarp);
-            fence_proxy_async();
-            __syncwarp();
-            warp_arrive(Shared::query_full());
-        } else {
-            round_my_rows();
-        }
-    }
+    // Of the query, for the scorer, who has done with the last one: see round_query.
     __device__ void round_my_rows() {
         const int slot = thread_anew() / (2 * kWarp) % 2;  // of the two quarters this warp's
         const Ring<kQuarterSlots> mine = quarters_.after(slot);

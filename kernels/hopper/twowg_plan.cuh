@@ -28,13 +28,13 @@
 #define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : kGather ? 2 : 3)
 #endif
 #ifndef FUSEDMLA_SCORER_REGISTERS  // with the copier's and twice the multipliers' 512
-#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? 128 : kWidens ? 112 : kGather ? 128 : 160)
+#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? (kGather ? 136 : 128) : kWidens ? 112 : kGather ? 128 : 160)
 #endif
 #ifndef FUSEDMLA_MULTIPLIER_REGISTERS
 #define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kScaled ? 176 : kWidens ? 184 : kGather ? 168 : 160)
 #endif
 #ifndef FUSEDMLA_COPIER_REGISTERS
-#define FUSEDMLA_COPIER_REGISTERS (kGather && !kScaled ? 40 : 32)
+#define FUSEDMLA_COPIER_REGISTERS (!kGather ? 32 : kScaled ? 24 : 40)
 #endif
 
 // What the cache has and tensor cores multiply: 16-bit floats; e4m3 as it is; e4m3 widened to fp16 in registers, with one
@@ -53,7 +53,7 @@ constexpr bool kGather = FUSEDMLA_GATHER;  // the keys of a request are listed
 constexpr int kCopiers = kGather ? 4 : 1;  // warps
 constexpr bool kTurned = kE4m3 || kWidens;  // O^T += V^T P^T: V is the operand that comes from registers
 static_assert(!kGather || kScaled || !kTurned);
-constexpr int kLoaders = kGather ? 4 : 3;  // warps that bring a 16-bit query: who gathers, or has nothing else to do
+constexpr int kLoaders = kGather ? 4 : 3;  // warps that bring the query: who gathers, or has nothing else to do
 constexpr bool kFencesAfterCopies = kGather && !kScaled;  // they are not the asynchronous proxy's: see Gatherer
 constexpr int kCacheBytes = kTurned ? 1 : 2, kOperandBytes = kE4m3 ? 1 : 2;
 constexpr int kSpan = kE4m3 ? 2 * kTile : kTile;  // tokens that are scored and multiplied at a time
@@ -109,14 +109,13 @@ constexpr int kRowScalesAt = kChangesAt + kMessageSlots * 16;
 constexpr int kExchangeAt = kRowScalesAt + kRows * 4;
 constexpr int kRatiosAt = kExchangeAt + (kWidens ? kRows * 5 * 4 : 0), kRatioBytes = kScaled ? 4 * kTile * 2 : 0;
 constexpr int kValidAt = kRatiosAt + kMessageSlots * kRatioBytes;
-constexpr int kValidSlots = 4, kTasksAt = kValidAt + (kGather ? kValidSlots * 8 : 0);
+constexpr int kValidSlots = 2 * (kScaled ? kQuarterSlots : kRopeSlots), kTasksAt = kValidAt + (kGather ? kValidSlots * 8 : 0);
 constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 96;
 constexpr int kRestingAt = kFeederAt + kFeederBytes;
 constexpr int kBarriersAt = kRestingAt + kThreads / kWarp * 4;
 constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 3;
 constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;
 static_assert(kSharedBytes <= 227 * 1024);
-static_assert(!kGather || kScaled || 2 * kRopeSlots == kValidSlots);  // a rope ring's state tells a tile's slot
 static_assert(kFeederAt % 8 == 0 && kBarriersAt % 8 == 0);
 
 // The slot of a ring that is used next, and whether it has gone round an odd number of times: in one register.
@@ -129,6 +128,7 @@ class Ring {
         return state >= SLOTS ? state - SLOTS : state;
     }
     __device__ uint32_t phase() const { return state_ >= SLOTS; }
+    __device__ int turn() const { return state_; }  // of two rounds
     __device__ void advance(int count = 1) {
         state_ += count;
         if (state_ >= 2 * SLOTS) state_ -= 2 * SLOTS;
@@ -148,9 +148,9 @@ class Ring {
 //   span's weights hands it on to a multiplier (the first one has quarters 0 and 1), which alone says when it is empty.
 //   With e4m3 an item begins with its query in four quarters and a rope slot, which the multipliers round.
 // - rope: the span's last 64 columns, for the scorer only.
-// - query: of 16-bit operands what is not in registers, see twowg_query.cuh; the rest comes through the ring, and the
-//   scorer says when its slots are empty. `may come` hands those slots to the loaders. Otherwise the multipliers
-//   convert the query: the scorer has done with the one before when they come to the next.
+// - query: what the scorer does not keep in registers, see twowg_query.cuh; the rest comes through the ring, and the
+//   scorer says when its slots are empty. `may come` hands those slots to the loaders. With e4m3 the multipliers round
+//   the query: the scorer has done with the one before when they come to the next.
 // - message: what the scorer tells the multipliers: for a span the weights P and the factors that rescale O's rows, and
 //   at the end of an item the factors that normalise them. `go` (16-bit operands) lets them do what they hold back of
 //   it; it comes with the next message at the latest. That of slot 1 is one round ahead, for it also comes before the
@@ -182,10 +182,10 @@ struct Shared {
     static __device__ float* references() { return reinterpret_cast<float*>(of_warps() + kRows); }
     // Of fp8_ds_mla tokens, each of the four scales over the largest, as fp16: [4][kTile].
     static __device__ __half* ratios(int slot) { return reinterpret_cast<__half*>(shared_memory + kRatiosAt + slot * kRatioBytes); }
-    // A bit for each token of a tile that is there, 16 by each copying warp. Tiles are counted from the kernel's first:
-    // one's bits are written when its scorer has done with those of two before at least.
-    static __device__ uint16_t* valid(int tile) {
-        return reinterpret_cast<uint16_t*>(shared_memory + kValidAt + tile % kValidSlots * 8);
+    // A bit for each token of a tile that is there, 16 by each copying warp; by the turn of the tile's rope part or,
+    // where the ring has whole rows, of its slot. They are read when the slot may be empty already, hence two rounds.
+    static __device__ uint16_t* valid(int turn) {
+        return reinterpret_cast<uint16_t*>(shared_memory + kValidAt + turn * 8);
     }
     static __device__ uint8_t* weight_rows(int slot) { return shared_memory + kWeightsAt + slot * kWeightBytes; }
     static __device__ Task& task(int slot) { return reinterpret_cast<Task*>(shared_memory + kTasksAt)[slot]; }
@@ -218,12 +218,12 @@ struct Shared {
             mbarrier_init(rope_full(i), kFills + (kFencesAfterCopies ? kCopiers : 0));
             mbarrier_init(rope_empty(i), kScorerWarps * kCluster);
         }
-        mbarrier_init(query_full(), kTurned ? kMultiplierWarps : kFencesAfterCopies ? kFills : kLoaders);
+        mbarrier_init(query_full(), kE4m3 ? kMultiplierWarps : kGather ? kLoaders * kWarp : kLoaders);
         mbarrier_init(query_empty(), kScorerWarps);
         mbarrier_init(query_may_come(), 1);
         for (int i = 0; i < kTaskSlots; ++i) {
             mbarrier_init(task_full(i), 1);
-            mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + kCopiers + (kTurned || kGather ? 0 : kLoaders));
+            mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + kCopiers + (kE4m3 || kGather ? 0 : kLoaders));
         }
         for (int i = 0; i < kMessageSlots; ++i) {
             mbarrier_init(message_full(i), kScorerWarps);

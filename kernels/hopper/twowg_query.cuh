@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The query of a block of rows with 16-bit operands, on its way to the scorer: by warps that have nothing else to do,
-// or by those that gather. What the scorer keeps in registers comes through the ring, as if it were keys, an item
-// ahead; the rest goes where wgmma reads it from, once the scorer has done with the item before.
+// The query of a block of rows, on its way to the scorer: by warps that have nothing else to do, or by those that
+// gather. What the scorer keeps in registers comes through the ring, as if it were keys, an item ahead; the rest (where
+// caches are widened, all) goes where wgmma reads it from, once the scorer has done with the item before.
 #pragma once
 
 #include "query.cuh"
@@ -24,16 +24,18 @@ class QueryLoader {
         for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done()) {
             if (step != Step::kAttend) continue;
             const Item& item = Tasks::item();
-            mbarrier_wait(Shared::query_may_come(), queries_ & 1);
+            if (kQueryQuarters > 0) mbarrier_wait(Shared::query_may_come(), queries_ & 1);
             look_up(item.request);
             copy<true>(ring);
             commit_async_copies();
             wait_until_scorer_has_done();
             copy<false>(ring);
             commit_async_copies();
-            wait_for_async_copies<1>();
-            named_barrier_sync(kLoadersBarrier, kLoaders * kWarp);
-            if (warp() < kQueryQuarters) warp_arrive(Shared::quarter_full(ring.after(warp()).at()));
+            if constexpr (kQueryQuarters > 0) {
+                wait_for_async_copies<1>();
+                named_barrier_sync(kLoadersBarrier, kLoaders * kWarp);
+                if (warp() < kQueryQuarters) warp_arrive(Shared::quarter_full(ring.after(warp()).at()));
+            }
             wait_for_async_copies<0>();
             fence_proxy_async();
             __syncwarp();
@@ -105,7 +107,7 @@ class QueryLoader {
                 const uint4* rope_from = live ? reinterpret_cast<const uint4*>(rope) + chunk : from;
                 copy_16_async(Shared::query() + (4 - kQueryQuarters) * kQueryQuarterBytes + at, rope_from, live);
             } else if (live) {  // the rest into L2
-                prefetch_line(from + kQueryQuarters * 16 + chunk * (7 - 2 * kQueryQuarters));
+                prefetch_line(from + kQueryQuarters * 16 + chunk * (8 - 2 * kQueryQuarters));
                 prefetch_line(reinterpret_cast<const uint4*>(rope) + chunk);
             }
         }

@@ -20,7 +20,6 @@ class RowCopier {
     // Rows of a page follow each other: eight of them a lane, four tiles' pages looked up at once.
     __device__ void copy_item(const Item& item) {
         constexpr int kGroups = kTile / kGroup, kAhead = kWarp / kGroups;
-        prefetch_later_query(p_, item.request, is_first_);
         const int end = min(item.seq_len, item.tile_end * kTile);
         const int* table = p_.block_table + item.request * p_.table_stride;
         for (int first = item.tile_begin; first < item.tile_end; first += kAhead) {
@@ -48,6 +47,5 @@ class RowCopier {
     }
 
     const Params& p_;
-    bool is_first_ = true;
     Ring<kQuarterSlots> ring_;
 };

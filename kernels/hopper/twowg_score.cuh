@@ -108,8 +108,8 @@ class Scorer {
 
     // Of listed keys, those that are not there.
     __device__ void mask_invalid(float (&s)[kScores]) const {
-        const Ring<kRopeSlots> tile = rope_.after(2 * kRopeSlots - 1);  // whose scores these are
-        const uint2 valid = *reinterpret_cast<const uint2*>(Shared::valid(tile.phase() * kRopeSlots + tile.at()));
+        const int tile = rope_.after(2 * kRopeSlots - 1).turn();  // whose scores these are
+        const uint2 valid = *reinterpret_cast<const uint2*>(Shared::valid(tile));
         if ((valid.x & valid.y) == ~0u) return;
         const unsigned first = thread_anew() % 4 * 2;
         const uint32_t bits[2] = {valid.x >> first, valid.y >> first};

@@ -6,6 +6,7 @@
 // than FUSEDMLA_LAZY, or has none yet; otherwise the reference stays, and one vote is all that the warps have to agree on.
 #pragma once
 
+#include "twowg_query_8bit.cuh"
 #include "twowg_tasks.cuh"
 #include "twowg_turned_product.cuh"
 
@@ -22,6 +23,7 @@ class TurnedScorer : TurnedProduct {
   private:
     __device__ void attend() {
         mbarrier_wait(Shared::query_full(), queries_++ & 1);
+        widen_query(p_);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) total_[c] = 0.f;
         if (thread_anew() < kRows) Shared::references()[thread_anew()] = 0.f;
@@ -39,6 +41,7 @@ class TurnedScorer : TurnedProduct {
             weigh(s, left - after, left);
         }
         release_held();
+        warp_arrive(Shared::query_empty());
         finish(Tasks::item());
     }
 
@@ -84,7 +87,7 @@ class TurnedScorer : TurnedProduct {
     // Of listed keys, those that are not there.
     __device__ void mask_invalid(float (&s)[32]) {
         // This warp's 16 tokens.
-        const uint32_t valid = Shared::valid(tiles_++)[thread_anew() / kWarp % 4];
+        const uint32_t valid = Shared::valid(quarters_.after(2 * kQuarterSlots - 1).turn())[thread_anew() / kWarp % 4];
         if (valid == 0xFFFF) return;
         const uint32_t bits = valid >> thread_anew() % kWarp / 4;
 #pragma unroll
@@ -184,6 +187,5 @@ class TurnedScorer : TurnedProduct {
     float total_[kColumns];  // this lane's share of the sum of weights
     uint32_t unset_;                         // a bit for each row that has not seen a key yet
     unsigned queries_ = 0;
-    int tiles_ = 0;
     Ring<kMessageSlots> message_;
 };
