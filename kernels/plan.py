@@ -27,8 +27,12 @@ class DecodePlan:
 
     def workspace_shapes(self, b: int, s_q: int, h_q: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the float32 partial outputs and log-sum-exps that splitting may need."""
-        slots = hopper.max_slots(self.params, b) if self.on_hopper else self.params.max_slots(b)
-        return (slots, s_q * h_q, D_V), (slots, s_q * h_q)
+        rows = s_q * h_q
+        if self.on_hopper:
+            slots, rows = hopper.max_slots(self.params, b), hopper.partial_rows(rows)
+        else:
+            slots = self.params.max_slots(b)
+        return (slots, rows, D_V), (slots, rows)
 
 
 def make_plan(config: DecodeConfig, rows: int, num_sms: int, batch_invariant: bool, max_splits: int = 32) -> DecodePlan:

@@ -82,8 +82,9 @@ class SparsePlan:
 
     @staticmethod
     def shapes_for(slots: int, tokens: int, h_q: int) -> tuple[tuple[int, ...], ...]:
-        """The same for an exact number of partial results."""
-        return (slots, h_q, D_V), (slots, h_q), (tokens + 1,)
+        """The same for an exact number of partial results, whatever the kernel."""
+        rows = hopper.partial_rows(h_q)
+        return (slots, rows, D_V), (slots, rows), (tokens + 1,)
 
 
 def make_sparse_plan(

@@ -19,7 +19,7 @@ CUBINS = Path(__file__).parent / "cubin"
 _LIST_PARTS = (16, 12, 10, 8, 7, 6, 5, 4, 3, 2)
 """Numbers of CTAs to be considered that share a list: sizes of a cluster."""
 MAX_PROGRAMS = 160
-"""Most programs for a block of query rows, and so most pieces of a request: kMaxPieces in splitkv.cuh."""
+"""Most programs for a block of query rows, and so most pieces of a request."""
 
 _refused: list[str] = []  # why the kernels are not used any more in this process
 
@@ -104,6 +104,11 @@ def cluster(config: Any, rows: int) -> int:
 def max_slots(params: ScheduleParams, b: int) -> int:
     """Most partial results: see slot_of in work.cuh."""
     return b * params.max_splits if params.batch_invariant else 2 * params.num_programs
+
+
+def partial_rows(rows: int) -> int:
+    """Rows of a partial result of `rows` query rows: the 64-row kernel stores them by eight, see twowg_partial.cuh."""
+    return -(-rows // 8) * 8
 
 
 def list_parts(tokens: int, topk: int, params: ScheduleParams, fits: Callable[[int], int]) -> int:

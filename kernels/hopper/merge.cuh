@@ -22,14 +22,23 @@ struct Weighted {  // results relative to 2^top
     }
 };
 
+// Partial results row by row.
+struct RowByRow {
+    static constexpr int kUnits = kLatent / 4;
+    static __device__ int rows(const Params& p) { return p.s_q * p.h_q; }  // of a partial result
+    static __device__ int units(int rows_here) { return rows_here * kUnits; }
+    static __device__ int row_of(int unit) { return unit / kUnits; }
+    static __device__ int column_of(int unit) { return unit % kUnits * 4; }
+};
+
 // Four columns of a row are a unit. A thread has UNITS of them in work at a time, with PIECES pieces each.
-template <int THREADS, int UNITS, int PIECES>
+template <typename Order, int THREADS, int UNITS, int PIECES>
 class MergeShare {
   public:
     __device__ MergeShare(const Params& p, const Item& item, int row0, int rows_here, int thread)
-        : p_(p), item_(item), row0_(row0), thread_(thread) {
-        const int share = divide(rows_here * kUnits + item.pieces - 1, item.pieces);
-        begin_ = item.piece * share, end_ = min(begin_ + share, rows_here * kUnits);
+        : p_(p), item_(item), row0_(row0), rows_here_(rows_here), thread_(thread) {
+        const int units = Order::units(rows_here), share = divide(units + item.pieces - 1, item.pieces);
+        begin_ = item.piece * share, end_ = min(begin_ + share, units);
         width_log_ = min(max(32 - __clz(share - 1), 3), 31 - __clz(THREADS));
     }
 
@@ -53,22 +62,19 @@ class MergeShare {
     }
 
   private:
-    static constexpr int kUnits = kLatent / 4;
-
-    __device__ int rows() const { return p_.s_q * p_.h_q; }
-
     __device__ void add_pieces(Weighted (&merged)[UNITS], int unit, int piece, int groups) const {
         float4 v[UNITS][PIECES];
         float log_sum[UNITS][PIECES];
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
-            const int64_t row = int64_t(item_.slot0) * rows() + rows_from_first(p_, rows(), piece + i * groups) + row0_;
-            const float4* from = reinterpret_cast<const float4*>(p_.partial_out) + row * kUnits + unit;
+            const int rows = Order::rows(p_);
+            const int64_t row = int64_t(item_.slot0) * rows + rows_from_first(p_, rows, piece + i * groups) + row0_;
+            const float4* from = reinterpret_cast<const float4*>(p_.partial_out) + row * (kLatent / 4) + unit;
 #pragma unroll
             for (int u = 0; u < UNITS; ++u) {
                 const int step = u << width_log_;
-                const bool live = piece + i * groups < item_.pieces && unit + step < end_;
-                log_sum[u][i] = live ? __ldcg(p_.partial_lse + row + (unit + step) / kUnits) : -INFINITY;
+                const bool live = piece + i * groups < item_.pieces && is_live(unit + step);
+                log_sum[u][i] = live ? __ldcg(p_.partial_lse + row + Order::row_of(unit + step)) : -INFINITY;
                 v[u][i] = live ? __ldcg(from + step) : float4{0.f, 0.f, 0.f, 0.f};
             }
         }
@@ -100,21 +106,23 @@ class MergeShare {
         }
     }
 
+    __device__ bool is_live(int unit) const { return unit < end_ && Order::row_of(unit) < rows_here_; }
+
     __device__ void store(const Weighted& merged, int unit, bool to_fp16) const {
-        if (unit >= end_) return;
+        if (!is_live(unit)) return;
         const float norm = merged.total > 0.f ? __fdividef(1.f, merged.total) : 0.f;
         const float4& sum = merged.sum;
-        const int64_t first = int64_t(item_.request) * rows() + row0_;
-        reinterpret_cast<uint2*>(p_.out)[first * kUnits + unit] = {pack_16bit(sum.x * norm, sum.y * norm, to_fp16),
-                                                                   pack_16bit(sum.z * norm, sum.w * norm, to_fp16)};
-        if (unit % kUnits == 0)
-            p_.lse[first + unit / kUnits] =
-                merged.total > 0.f ? (merged.top + log2_approx(merged.total)) * 0.6931471805599453f : -INFINITY;
+        const int64_t row = int64_t(item_.request) * p_.s_q * p_.h_q + row0_ + Order::row_of(unit);
+        uint16_t* to = static_cast<uint16_t*>(p_.out) + row * kLatent + Order::column_of(unit);
+        *reinterpret_cast<uint2*>(to) = {pack_16bit(sum.x * norm, sum.y * norm, to_fp16),
+                                         pack_16bit(sum.z * norm, sum.w * norm, to_fp16)};
+        if (Order::column_of(unit) == 0)
+            p_.lse[row] = merged.total > 0.f ? (merged.top + log2_approx(merged.total)) * 0.6931471805599453f : -INFINITY;
     }
 
     const Params& p_;
     const Item& item_;
-    const int row0_, thread_;
+    const int row0_, rows_here_, thread_;
     int begin_, end_;  // of the units
     int width_log_;    // 2^width_log_ threads lie along the units
 };

@@ -60,6 +60,8 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 
 // Ordinary writes to shared memory before it are seen by wgmma and TMA after it (with a barrier between threads).
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Ordinary accesses to global memory before it come before bulk copies after it.
+__device__ inline void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 __device__ inline void named_barrier_sync(int id, int threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -119,11 +121,16 @@ __device__ inline unsigned thread_anew() {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread;
 }
-// The same of blockIdx.
+// The same of blockIdx and gridDim.
 __device__ inline int block_x_anew() {
     int block;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
     return block;
+}
+__device__ inline int grid_x_anew() {
+    int blocks;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+    return blocks;
 }
 __device__ inline int block_y_anew() {
     int block;

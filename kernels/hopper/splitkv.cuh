@@ -13,7 +13,11 @@
 __device__ inline void publish(unsigned* counter, int pieces) { count_release(counter, 2 * pieces - 1); }
 __device__ inline void leave(unsigned* counter, int pieces) { count_relaxed(counter, 2 * pieces - 1); }
 
-// Returns when all pieces are published. One thread calls it; a barrier passes what it saw on to the others.
+// The same where the program of the first piece, which is not published, alone brings the others together.
+__device__ inline void publish_to_first(unsigned* counter, int pieces) { count_release(counter, pieces - 1); }
+__device__ inline void leave_joined(unsigned* counter, int pieces) { count_relaxed(counter, pieces - 1); }
+
+// Returns when so many pieces are published. One thread calls it; a barrier passes what it saw on to the others.
 __device__ inline void wait_for_pieces(const unsigned* counter, int pieces) {
     while (load_acquire(counter) < pieces) __nanosleep(20);
 }

@@ -25,9 +25,9 @@ __device__ void merge(const Params& p, const Shared& shared, const Item& item) {
     const int row0 = first_row_of_block(), rows = min(p.s_q * p.h_q - row0, N);
     const bool to_fp16 = out_is_fp16(p);
     if (item.pieces > 4)
-        MergeShare<kConsumers, 1, 8>(p, item, row0, rows, threadIdx.x).run(to_fp16, kAllConsumers, shared.scratch());
+        MergeShare<RowByRow, kConsumers, 1, 8>(p, item, row0, rows, threadIdx.x).run(to_fp16, kAllConsumers, shared.scratch());
     else
-        MergeShare<kConsumers, 4, 2>(p, item, row0, rows, threadIdx.x).run(to_fp16, kAllConsumers, shared.scratch());
+        MergeShare<RowByRow, kConsumers, 4, 2>(p, item, row0, rows, threadIdx.x).run(to_fp16, kAllConsumers, shared.scratch());
 }
 
 __device__ void consume(const Params& p, const Shared& shared) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "query.cuh"
+#include "twowg_copy_partial.cuh"
 #include "twowg_query.cuh"
 
 class Copier {
@@ -35,6 +36,7 @@ class Copier {
             for (int span = first; span < min(first + ahead * kSpan, end); span += kSpan)
                 copy_span(end - span, live && mine == span, page, group);
         }
+        copy_others(p_, item, quarters_);
     }
 
     // Hands the loaders the ring's next slots, once they have done with the last query.

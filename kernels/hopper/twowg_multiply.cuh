@@ -6,10 +6,6 @@
 #include "twowg_tasks.cuh"
 #include "twowg_values.cuh"
 
-__device__ inline unsigned* counter_of(const Params& p, const Item& item) {
-    return p.arrivals + item.request * gridDim.x + blockIdx.x;
-}
-
 // Of both multipliers' threads.
 __device__ inline int multiplier_thread() { return threadIdx.x - kWarpgroup; }
 
@@ -27,9 +23,9 @@ __device__ inline void merge(const Params& p, const Item& item) {
     const bool to_fp16 = out_is_fp16(p);
     float* scratch = Shared::scratch();
     if (item.pieces > 4)
-        MergeShare<kMultipliers, 1, 8>(p, item, row0, rows_here, thread).run(to_fp16, kMultipliersBarrier, scratch);
+        MergeShare<Tiles, kMultipliers, 1, 8>(p, item, row0, rows_here, thread).run(to_fp16, kMultipliersBarrier, scratch);
     else
-        MergeShare<kMultipliers, 4, 2>(p, item, row0, rows_here, thread).run(to_fp16, kMultipliersBarrier, scratch);
+        MergeShare<Tiles, kMultipliers, 4, 2>(p, item, row0, rows_here, thread).run(to_fp16, kMultipliersBarrier, scratch);
 }
 
 // What comes after all of the program's own work, by both multipliers.
@@ -83,15 +79,136 @@ class Multiplier : Values<T> {
             quarters_.advance(kParts);
         }
         receive();
+        if (kMostJoined > 1 && joins(p_, Tasks::item())) join();
         const Item& item = Tasks::item();
-        if (item.slot < 0) {
+        if (item.slot < 0 || joins(p_, item)) {
             store(static_cast<uint16_t*>(p_.out) + item.request * rows() * kLatent);
         } else {
-            store(p_.partial_out + item.slot * rows() * kLatent);
-            named_barrier_sync(kMultipliersBarrier, kMultipliers);
-            if (half() == 0 && threadIdx.x % kWarpgroup == 0) publish(counter_of(p_, item), item.pieces);
+            store_partial(partial_of(p_, item, item.piece));
+            publish_partial(item);
         }
     }
+
+    __device__ void publish_partial(const Item& item) {
+        const bool joined = is_joined(p_, item);
+        if (joined) fence_proxy_async_global();
+        named_barrier_sync(kMultipliersBarrier, kMultipliers);
+        if (multiplier_thread() != 0) return;
+        if (joined)
+            publish_to_first(counter_of(p_, item), item.pieces);
+        else
+            publish(counter_of(p_, item), item.pieces);
+    }
+
+    // Adds the other pieces' results. Their factors come in messages after that of this one's, and then ones.
+    __device__ void join() {
+        scale_by_factors();
+        next_message();
+        for (int piece = 1; piece < Tasks::item().pieces; ++piece) {
+            add_other();
+            next_message();
+        }
+        if (multiplier_thread() == 0) leave_joined(counter_of(p_, Tasks::item()), Tasks::item().pieces);
+    }
+    __device__ void next_message() {
+        release_message();
+        message_.advance();
+        receive();
+    }
+
+    // ---- partial results: see twowg_partial.cuh ----
+
+    static constexpr int kGroupsOfWarp = kTurned ? kGroups : 2;
+
+    // Calls act(pair, x, y) for pairs of neighbouring columns that this lane holds of a group of rows, of the warp's two
+    // if a warp has two; `pair` counts those of a half of a group in memory.
+    template <typename Act>
+    __device__ void for_pairs(int group, const Act& act) {
+        const unsigned thread = thread_anew(), lane = thread % kWarp;
+        if constexpr (kTurned) {
+            const int first = thread / kWarp % 4 * 2 * kWarp + lane % 4 * 8 + lane / 4;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int block = i / 2, odd = i % 2, at = group * 4 + odd;
+                act(first + block * 8 * kWarp + odd * kWarp, o_[block][at], o_[block][at + 2]);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+                float* pair = o_[i / 16] + i % 16 * 4 + group * 2;
+                act(i * kWarp + lane, pair[0], pair[1]);
+            }
+        }
+    }
+
+    __device__ void store_partial(float4* to) {
+        const int live = int(rows()) - row0(), first = kTurned ? 0 : thread_anew() / kWarp % 4 * kGroupsOfWarp;
+#pragma unroll
+        for (int i = 0; i < kGroupsOfWarp; ++i) {
+            if ((first + i) * kGroupRows >= live) break;
+            float2* half_of_group = reinterpret_cast<float2*>(to + ((first + i) * 2 + half()) * kUnitsOfHalf);
+            FactorsOfGroup factor(*this, i);
+            for_pairs(i, [&](int pair, float x, float y) {
+                const float scale = factor.next();
+                __stcg(half_of_group + pair, float2{x * scale, y * scale});
+            });
+        }
+        release_message();
+        message_.advance();
+    }
+
+    // Another piece's result times the message's factors, from the ring.
+    __device__ void add_other() {
+        if constexpr (kTurned) {
+#pragma unroll
+            for (int group = 0; group < kGroups; group += kGroupsOfSlot) {
+                const Ring<kQuarterSlots> slot = quarters_.after(group / kGroupsOfSlot % 2);
+                mbarrier_wait(Shared::quarter_full(slot.at()), slot.phase());
+#pragma unroll
+                for (int i = 0; i < kGroupsOfSlot; ++i) add_group(group + i, slot.at(), i);
+                __syncwarp();
+                warp_arrive_cluster(Shared::quarter_empty(slot.at()));
+                if (group / kGroupsOfSlot % 2) quarters_.advance(kParts);
+            }
+        } else {  // a slot has two groups: those of one warp
+#pragma unroll 1
+            for (int slots = 0; slots < kGroups / 2; ++slots) {
+                const Ring<kQuarterSlots> slot = quarters_.after(slots % 2);
+                mbarrier_wait(Shared::quarter_full(slot.at()), slot.phase());
+                if (slots == int(thread_anew() / kWarp % 4)) {
+                    add_group(0, slot.at(), 0);
+                    add_group(1, slot.at(), 1);
+                }
+                __syncwarp();
+                warp_arrive_cluster(Shared::quarter_empty(slot.at()));
+                if (slots % 2) quarters_.advance(kParts);
+            }
+        }
+    }
+
+    // The group that is number `place` of a slot, as the warp's number `group`.
+    __device__ void add_group(int group, int slot, int place) {
+        const float2* pairs = reinterpret_cast<const float2*>(shared_memory + slot * kQuarterBytes + place * kHalfBytes);
+        FactorsOfGroup factor(*this, group);
+        for_pairs(group, [&](int pair, float& x, float& y) {
+            const float2 other = pairs[pair];
+            const float scale = factor.next();
+            x += scale * other.x, y += scale * other.y;
+        });
+    }
+
+    // The message's, one for each of for_pairs' pairs.
+    struct FactorsOfGroup {
+        float2 factors;
+        int group, pair = 0;
+        __device__ FactorsOfGroup(const Multiplier& of, int group) : group(group) {
+            if constexpr (kTurned)
+                factors = of.factors_of_pair(group);
+            else
+                factors = of.factors_of_rows();
+        }
+        __device__ float next() { return (kTurned ? pair++ : group) % 2 ? factors.y : factors.x; }
+    };
 
     // Of the query, for the scorer, who has done with the last one: see round_query.
     __device__ void round_my_rows() {
@@ -157,68 +274,49 @@ class Multiplier : Values<T> {
         return reinterpret_cast<const float2*>(Shared::all_factors(message_.at()))[i * 4 + thread_anew() % 4];
     }
 
-    // Results times the message's factors, into rows of 512 columns from `to` on. A quad writes 32 or 64 contiguous bytes
-    // of a row at a time, and so do the lanes of one j of O^T: a detour through shared memory would cost more, and the
-    // next item's tiles already fill it.
-    template <typename Out>
-    __device__ void store(Out* to) {
+    // Into rows of 512 columns from `to` on. The lanes of one j of O^T write 32 contiguous bytes of a row at a time: a
+    // detour through shared memory would cost more, and the next item's tiles already fill it.
+    __device__ void store(uint16_t* to) {
         const unsigned thread = thread_anew(), lane = thread % kWarp;
         if constexpr (kTurned) {
             to += half() * 256 + thread / kWarp % 4 * 16 + lane / 4 * 2;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                asm volatile("" ::: "memory");  // one after the other, as registers are scarce
-                const float2 factor = factors_of_pair(i);
+            for (int i = 0; i < 16; ++i) {
+                const float2 factors = factors_of_pair(i / 2);
+                const float factor = i % 2 ? factors.y : factors.x;
+                const int row = row0() + i / 2 * 8 + lane % 4 * 2 + i % 2, at = i / 2 * 4 + i % 2;
+                if (row >= rows()) continue;
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int row = row0() + i * 8 + lane % 4 * 2 + j, at = i * 4 + j;
-                    if (row >= rows()) continue;
-#pragma unroll
-                    for (int block = 0; block < 4; ++block)
-                        store_pair(to + int64_t(row) * kLatent + block * 64, o_[block][at], o_[block][at + 2],
-                                   j ? factor.y : factor.x);
-                }
+                for (int block = 0; block < 4; ++block)
+                    *reinterpret_cast<uint32_t*>(to + int64_t(row) * kLatent + block * 64) =
+                        pack_16bit(o_[block][at] * factor, o_[block][at + 2] * factor, out_is_fp16(p_));
             }
         } else {
-            constexpr int kRun = sizeof(Out) == 2 ? 8 : 2;  // columns that a lane writes together
+            // A quad's lanes have two columns in every eight of its row. They exchange them, so that a lane writes 16
+            // bytes at a time.
             const float2 factor = factors_of_rows();
-            const int row = row0() + threadIdx.x % kWarpgroup / kWarp * 16 + lane / 4;
-            to += row * kLatent + half() * 256 + lane % 4 * kRun;
+            uint32_t words[2][32];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float scale = half ? factor.y : factor.x;
-                const bool live = row + 8 * half < rows();
+            for (int i = 0; i < 32; ++i) {
+                const float* pairs = o_[i / 16] + i % 16 * 4;
+                words[0][i] = pack_16bit(pairs[0] * factor.x, pairs[1] * factor.x, out_is_fp16(p_));
+                words[1][i] = pack_16bit(pairs[2] * factor.y, pairs[3] * factor.y, out_is_fp16(p_));
+            }
+            __syncwarp();  // all of them are packed before the first exchange: registers are scarce
+            const int row = row0() + thread % kWarpgroup / kWarp * 16 + lane / 4;
+            to += row * kLatent + half() * 256 + lane % 4 * 8;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int i = 0; i < 32; i += 4) {
-                    const float* pairs = o_[i / 16] + i % 16 * 4 + 2 * half;
-                    store_columns(to + 8 * half * kLatent + 8 * i, pairs, scale, live);
+                    uint32_t* w = words[half] + i;
+                    transpose_quad(w[0], w[1], w[2], w[3]);
+                    if (row + 8 * half < rows())
+                        *reinterpret_cast<uint4*>(to + 8 * half * kLatent + 8 * i) = {w[0], w[1], w[2], w[3]};
                 }
-            }
         }
         release_message();
         message_.advance();
-    }
-
-    // A quad's 32 columns of a row, of which a lane has two in every eight. 16-bit ones are exchanged, so that a lane
-    // writes 16 bytes at a time.
-    __device__ void store_columns(uint16_t* to, const float* pairs, float scale, bool live) const {
-        uint32_t w[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = pack_16bit(pairs[4 * i] * scale, pairs[4 * i + 1] * scale, out_is_fp16(p_));
-        transpose_quad(w[0], w[1], w[2], w[3]);
-        if (live) *reinterpret_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
-    }
-    __device__ void store_columns(float* to, const float* pairs, float scale, bool live) const {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)  // eight bytes a lane are whole sectors, too
-            if (live) store_pair(to + 8 * i, pairs[4 * i], pairs[4 * i + 1], scale);
-    }
-
-    __device__ void store_pair(uint16_t* to, float x, float y, float scale) const {
-        *reinterpret_cast<uint32_t*>(to) = pack_16bit(x * scale, y * scale, out_is_fp16(p_));
-    }
-    __device__ void store_pair(float* to, float x, float y, float scale) const {
-        __stcg(reinterpret_cast<float2*>(to), float2{x * scale, y * scale});
     }
 
     const Params& p_;

@@ -73,7 +73,7 @@ class QueryLoader {
     // Where the warp's rows lie, one of them a lane.
     __device__ void look_up(int request) {
         const int row = row_of(lane() / kTogether, lane() % kTogether);
-        const QueryRow from = query_row(p_, request, blockIdx.x * kRows + row);
+        const QueryRow from = query_row(p_, request, block_x_anew() * kRows + row);
         const bool live = row < kRows && from.nope != nullptr;
         nope_ = live ? reinterpret_cast<uint64_t>(from.nope) : 0;
         rope_ = live ? reinterpret_cast<uint64_t>(from.rope) : 0;

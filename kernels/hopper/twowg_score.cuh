@@ -4,6 +4,7 @@
 #pragma once
 
 #include "twowg_e4m3.cuh"
+#include "twowg_join.cuh"
 #include "twowg_product.cuh"
 #include "twowg_tasks.cuh"
 
@@ -152,24 +153,50 @@ class Scorer {
 
     // The sum of a row's weights: its logarithm to global memory, its inverse to the multipliers.
     __device__ void finish(const Item& item) {
-        mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
-        float norm[2];
+        float norm[2], log_sum[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float total = total_[half];
             total += __shfl_xor_sync(~0u, total, 1);
             total += __shfl_xor_sync(~0u, total, 2);
             norm[half] = total == 0.f ? 0.f : k_scale_of(p_) / total;
-            const float log_sum = total == 0.f ? -INFINITY : top_[half] - kWeightExponent + log2_approx(total);
-            const int row = first_row() + 8 * half, rows = p_.s_q * p_.h_q;
-            if (threadIdx.x % 4 == 0 && row < rows) {
-                if (item.slot < 0)
-                    p_.lse[int64_t(item.request) * rows + row] = log_sum * 0.6931471805599453f;
-                else
-                    __stcg(p_.partial_lse + int64_t(item.slot) * rows + row, log_sum);
-            }
+            log_sum[half] = total == 0.f ? -INFINITY : top_[half] - kWeightExponent + log2_approx(total);
         }
-        put_factors(norm);
+        float others[2][kMostJoined];
+        const bool joined = kMostJoined > 1 && joins(p_, item);
+        if (joined) weigh_others(item, norm, log_sum, others);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            if (threadIdx.x % 4 == 0) store_log_sum(p_, item, first_row() + 8 * half, log_sum[half]);
+        send_factors(norm);
+        if (!joined) return;
+#pragma unroll
+        for (int piece = 1; piece < kMostJoined; ++piece) {
+            if (piece == item.pieces) break;
+            release_held();
+            const float factors[2] = {others[0][piece], others[1][piece]};
+            send_factors(factors);
+        }
+        release_held();
+        const float ones[2] = {1.f, 1.f};
+        send_factors(ones);
+    }
+
+    __device__ void weigh_others(const Item& item, float (&norm)[2], float (&log_sum)[2], float (&others)[2][kMostJoined]) {
+        await_others(p_, item);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const JoinedRow row(p_, item, first_row() + 8 * half, log_sum[half]);
+            norm[half] *= row.weight[0];
+            log_sum[half] = row.log_sum;
+#pragma unroll
+            for (int piece = 1; piece < kMostJoined; ++piece) others[half][piece] = row.weight[piece];
+        }
+    }
+
+    __device__ void send_factors(const float (&factors)[2]) {
+        mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
+        put_factors(factors);
         send();
     }
 

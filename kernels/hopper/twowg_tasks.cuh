@@ -7,11 +7,11 @@
 
 #include <new>
 
-#include "twowg_plan.cuh"
+#include "twowg_partial.cuh"
 
 class Feeder {
   public:
-    __device__ explicit Feeder(const Params& p) : work_(p.schedule, p.seq_lens, blockIdx.y) {}
+    __device__ explicit Feeder(const Params& p) : p_(p), work_(p.schedule, p.seq_lens, blockIdx.y) {}
 
     // Hands over the next task, the second time some more. All lanes of the warp work them out.
     __device__ void feed() {
@@ -20,7 +20,7 @@ class Feeder {
         for (; due > 0 && step_ != Step::kEnd; --due) {
             Item item;
             while (step_ != Step::kEnd && !find(item)) {
-                step_ = step_ == Step::kAttend && any_split_ ? Step::kMerge : Step::kEnd;
+                step_ = step_ == Step::kAttend && any_merged_ ? Step::kMerge : Step::kEnd;
                 work_.rewind();
             }
             mbarrier_wait(Shared::task_empty(tasks_.at()), tasks_.phase() ^ 1);
@@ -52,19 +52,21 @@ class Feeder {
   private:
     static __device__ const Feeder* saved() { return reinterpret_cast<const Feeder*>(shared_memory + kFeederAt); }
 
-    // First all items of this program, then again those that are parts of requests.
+    // First all items of this program, then again those that are to be merged.
     __device__ bool find(Item& item) {
         while (work_.next(item)) {
-            any_split_ |= item.slot >= 0;
-            if (step_ == Step::kAttend || item.slot >= 0) return true;
+            const bool merged = is_merged(p_, item);
+            any_merged_ |= merged;
+            if (step_ == Step::kAttend || merged) return true;
         }
         return false;
     }
 
+    const Params& p_;
     Work work_;
     Ring<kTaskSlots> tasks_;
     Step step_ = Step::kAttend;
-    bool any_split_ = false;
+    bool any_merged_ = false;
     int calls_ = 0;
 };
 static_assert(sizeof(Feeder) <= kFeederBytes);

@@ -6,6 +6,7 @@
 // than FUSEDMLA_LAZY, or has none yet; otherwise the reference stays, and one vote is all that the warps have to agree on.
 #pragma once
 
+#include "twowg_join.cuh"
 #include "twowg_query_8bit.cuh"
 #include "twowg_tasks.cuh"
 #include "twowg_turned_product.cuh"
@@ -166,21 +167,40 @@ class TurnedScorer : TurnedProduct {
             for (int step = 4; step < kWarp; step <<= 1) total += __shfl_xor_sync(~0u, total, step);
             if (thread % kWarp < 4) reinterpret_cast<float*>(Shared::of_warps() + row_of(c))[thread / kWarp] = total;
         }
-        mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
         named_barrier_sync(kScorerBarrier, kWarpgroup);
+        const bool joined = kMostJoined > 1 && joins(p_, item);
+        if (joined) await_others(p_, item);
+        float factors[kMostJoined];
         if (thread < kRows) {
             const float4 of = Shared::of_warps()[thread];
             const float total = of.x + of.y + (of.z + of.w);
-            Shared::all_factors(message_.at())[thread] = total == 0.f ? 0.f : k_scale_of(p_) / total;
-            const float log_sum = total == 0.f ? -INFINITY : Shared::references()[thread] + log2_approx(total);
-            const int row = blockIdx.x * kRows + thread, rows = p_.s_q * p_.h_q;
-            if (row < rows) {
-                if (item.slot < 0)
-                    p_.lse[int64_t(item.request) * rows + row] = log_sum * 0.6931471805599453f;
-                else
-                    __stcg(p_.partial_lse + int64_t(item.slot) * rows + row, log_sum);
+            factors[0] = total == 0.f ? 0.f : k_scale_of(p_) / total;
+            float log_sum = total == 0.f ? -INFINITY : Shared::references()[thread] + log2_approx(total);
+            const int row = blockIdx.x * kRows + thread;
+            if (joined) {
+                const JoinedRow of_all(p_, item, row, log_sum);
+                factors[0] *= of_all.weight[0];
+                log_sum = of_all.log_sum;
+#pragma unroll
+                for (int piece = 1; piece < kMostJoined; ++piece) factors[piece] = of_all.weight[piece];
             }
+            store_log_sum(p_, item, row, log_sum);
         }
+#pragma unroll
+        for (int piece = 0; piece < kMostJoined; ++piece) {
+            if (piece == (joined ? item.pieces : 1)) break;
+            if (piece > 0) release_held();
+            send_factor(factors[piece]);
+        }
+        if (!joined) return;
+        release_held();
+        send_factor(1.f);
+    }
+
+    __device__ void send_factor(float factor) {
+        mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
+        const unsigned thread = thread_anew() % kWarpgroup;
+        if (thread < kRows) Shared::all_factors(message_.at())[thread] = factor;
         send();
     }
 

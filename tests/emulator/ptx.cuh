@@ -32,6 +32,7 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 // ---- ordering ----
 
 inline void fence_proxy_async() {}
+inline void fence_proxy_async_global() {}
 inline void named_barrier_sync(int id, int threads) { machine::named_barrier(id, threads, true); }
 inline void named_barrier_arrive(int id, int threads) { machine::named_barrier(id, threads, false); }
 template <int ID, int THREADS>
@@ -46,6 +47,7 @@ inline uint32_t address_in(uint32_t smem, int rank) { return machine::address_in
 inline int cluster_id() { return int(blockIdx.x) / cluster_size(); }
 inline unsigned thread_anew() { return threadIdx.x; }
 inline int block_x_anew() { return blockIdx.x; }
+inline int grid_x_anew() { return gridDim.x; }
 inline int block_y_anew() { return blockIdx.y; }
 inline void launch_dependents() {}
 inline void wait_for_predecessor() {}
