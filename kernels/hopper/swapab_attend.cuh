@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the two computing warpgroups do with an item.
-// Included by a kernel after it has defined FORMAT, Element, N and Layout, what tiles are, and join().
+// Included by a kernel after it has defined FORMAT, Element, N and Layout, and what tiles are.
 #pragma once
 
+#include "swapab_join.cuh"
 #include "swapab_pairs.cuh"
 #include "swapab_query.cuh"
 #include "swapab_turns.cuh"
@@ -47,8 +48,8 @@ __device__ void attend(const Params& p, const Shared& shared, TileRing& ring, co
     float o[4][N / 2];
     if (item.tile_end - item.tile_begin > kMostInPairs) {
         State state;
-        attend_in_turns(p, shared, ring, item, state, [] {}, [] {});
-        join(p, shared, ring, item, state, o);
+        attend_in_turns<false>(p, shared, ring, item, state, [] {}, [] {});
+        join(p, shared, item, state, o);
     } else {
         attend_in_pairs_alone(p, shared, ring, item, o);
     }

@@ -47,7 +47,7 @@ class ClusterMerge {
                 if (soon()) cluster_wait(), cluster_arrive_relaxed();
             };
             State state;
-            attend_in_turns(p_, shared_, ring, share, state, last, [] { named_barrier_arrive(kSummed, kThreads); });
+            attend_in_turns<true>(p_, shared_, ring, share, state, last, [] { named_barrier_arrive(kSummed, kThreads); });
             join_in_ring(shared_, ring, tiles, state, o, norm);
         } else {
             attend_in_pairs(p_, shared_, ring, share, o, [] { named_barrier_sync(kSummed, kThreads); });

@@ -10,8 +10,8 @@
 namespace {
 
 // Results of this warpgroup's half of the columns.
-__device__ inline void join(const Params& p, const Shared& shared, const TileRing&, const Item& item,
-                            const State& state, float (&o)[4][N / 2]) {
+__device__ inline void join(const Params& p, const Shared& shared, const Item& item, const State& state,
+                            float (&o)[4][N / 2]) {
     static_assert(2 * 2 * N * 64 * 4 <= Layout::kQueryBytes);
     const int thread = threadIdx.x % kWarpgroup, warpgroup = threadIdx.x / kWarpgroup;
     put_sums(shared, state.top, state.total);

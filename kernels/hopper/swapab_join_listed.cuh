@@ -56,13 +56,4 @@ __device__ inline void join_in_ring(const Shared& shared, const TileRing& ring, 
     release_tile(shared, others);
 }
 
-// The same, normalised.
-__device__ inline void join(const Params& p, const Shared& shared, const TileRing& ring, const Item& item,
-                            const State& state, float (&o)[4][N / 2]) {
-    float norm[kColumns];
-    join_in_ring(shared, ring, item.tile_end - item.tile_begin, state, o, norm);
-    if (threadIdx.x < N) store_log_sum(p, shared, item, threadIdx.x, log_sum_of(sum_of_row(shared, threadIdx.x)));
-    multiply_rows(o, norm);
-}
-
 }  // namespace

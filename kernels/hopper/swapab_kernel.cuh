@@ -4,7 +4,6 @@
 #pragma once
 
 #include "swapab_copy.cuh"
-#include "swapab_join.cuh"
 
 #include "swapab_attend.cuh"
 

@@ -73,9 +73,9 @@ __device__ inline void multiply_tile(const Shared& shared, Place place, State& s
                                                                                       weights);
 }
 
-// Leaves this warpgroup's state. Where keys are listed every consumer calls last() before it begins its last tile, and
-// tell() when its sums and maxima are in shared memory; and the last tiles are not released yet.
-template <typename Last, typename Tell>
+// Leaves this warpgroup's state. If KEEPS_LAST every consumer calls last() before it begins its last tile, and tell()
+// when its sums and maxima are in shared memory; and the last tiles are not released yet.
+template <bool KEEPS_LAST, typename Last, typename Tell>
 __device__ inline void attend_in_turns(const Params& p, const Shared& shared, TileRing& ring, const Item& item,
                                        State& state, const Last& last, const Tell& tell) {
 #pragma unroll
@@ -87,7 +87,7 @@ __device__ inline void attend_in_turns(const Params& p, const Shared& shared, Ti
 #pragma unroll 1
     for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
         if ((tile - item.tile_begin) % 2 == int(threadIdx.x / kWarpgroup)) {
-            const bool ends = kGather && tile + 2 >= item.tile_end;
+            const bool ends = KEEPS_LAST && tile + 2 >= item.tile_end;
             if (ends) last();
             wait_for_tile(shared, ring);
             const bool any = weigh_tile(p, shared, place_of(ring), tile, item, state);
