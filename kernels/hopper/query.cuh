@@ -18,6 +18,18 @@ __device__ inline QueryRow query_row(const Params& p, int request, int row) {
     return {reinterpret_cast<const uint4*>(nope), reinterpret_cast<const uint4*>(rope)};
 }
 
+// A block's query into L2, 128 bytes by each of some threads at a time.
+template <int ROWS, int THREADS>
+__device__ inline void prefetch_query(const Params& p, int request, int row0, int thread) {
+    constexpr int kLines = (kLatent + kRope) * 2 / 128;
+#pragma unroll 1
+    for (int i = thread; i < ROWS * kLines; i += THREADS) {
+        const QueryRow row = query_row(p, request, row0 + i / kLines);
+        const int line = i % kLines;
+        if (row.nope != nullptr) prefetch_line(line < kLines - 1 ? row.nope + line * 8 : row.rope);
+    }
+}
+
 __device__ inline void unpack(uint4 bits, bool is_fp16, float (&values)[8]) {
     const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll

@@ -77,6 +77,8 @@ __device__ inline void gather(const Params& p, const Shared& shared) {
     for (int request = cluster_id(); request < p.schedule.b; request += gridDim.x) {
         const Share share = share_of(p, request);
         gatherer.gather_item(share);
+        if (request + int(gridDim.x) < p.schedule.b)  // the others are some tiles behind
+            prefetch_query<N, kWarpgroup>(p, request + gridDim.x, first_row_of_block(), threadIdx.x % kWarpgroup);
         if (cluster_size() > 1) ClusterMerge(p, shared).weigh(share);
     }
 }
