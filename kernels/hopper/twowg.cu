@@ -22,7 +22,7 @@
 // scorer, Multiplier::multiply_e4m3 for the multipliers. Nothing is held back: registers are full of other things.
 //
 // Who copies: Copier (boxes of a page), RowCopier (fp8_ds_mla), Gatherer (listed keys, for sparse attention). The
-// copying warp's neighbours bring the query (twowg_query.cuh), but for e4m3.
+// copying warp's neighbours bring the query (twowg_query.cuh).
 //
 // Compiled once for each: FUSEDMLA_TYPE (bf16, fp16, widened, scaled, e4m3), FUSEDMLA_CLUSTER (1, 2), FUSEDMLA_GATHER (0, 1),
 // FUSEDMLA_ENTRY.
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
     } else {
         lower_registers<kCopierRegisters>();
         if (threadIdx.x < 3 * kWarpgroup + kCopiers * kWarp) Copying(p).run();
-        else if (!kE4m3 && !kGather) QueryLoader(p).run();
+        else if (!kGather) std::conditional_t<kE4m3, RowLoader, QueryLoader>(p).run();
     }
     if constexpr (kCluster > 1) {
         __syncwarp();

@@ -21,10 +21,7 @@ class Copier {
     // blocks, and copy to both. They follow the same schedule, so each knows how many bytes arrive from either.
     __device__ void copy_item(const Item& item) {
         const int lane = threadIdx.x % kWarp;
-        if (kE4m3)
-            copy_query(item.request);
-        else if (kQueryQuarters > 0)
-            let_query_come();
+        if (kQuerySlots > 0) let_query_come();
         const int boxes = kSpan / box_tokens();  // of a span
         const int ahead = kWarp / boxes;         // spans whose pages the warp looks up at once
         const int end = min(item.seq_len, item.tile_end * kTile);
@@ -43,27 +40,11 @@ class Copier {
     __device__ void let_query_come() {
         mbarrier_wait(Shared::query_full(), items_++ & 1 ^ 1);
         pass_query_slots(quarters_);
-        warp_arrive(Shared::query_may_come());
-    }
-
-    // Into the ring, for the scorer to round: its rows fill a span's slots, 16 rows a quarter.
-    __device__ void copy_query(int request) {
-        const int lane = threadIdx.x % kWarp, row0 = blockIdx.x * kRows, rows = min(p_.s_q * p_.h_q - row0, kRows);
-#pragma unroll 1
-        for (int quarter = 0; quarter < 4; ++quarter) {
-            const int live = max(min(rows - quarter * 16, 16), 0);
-            const uint32_t full = Shared::quarter_full(quarters_.at());
-            open(Shared::quarter_empty(quarters_.at()), full, quarters_.phase(), live * kLatent * 2);
-            if (lane < live)
-                bulk_load(Shared::quarter(quarters_.at()) + lane * kLatent * 2,
-                          query_row(p_, request, row0 + quarter * 16 + lane).nope, kLatent * 2, full);
-            quarters_.advance();
+        if constexpr (kE4m3) {
+            mbarrier_wait(Shared::rope_empty(rope_.at()), rope_.phase() ^ 1);
+            rope_.advance();
         }
-        const uint32_t full = Shared::rope_full(rope_.at());
-        open(Shared::rope_empty(rope_.at()), full, rope_.phase(), max(rows, 0) * kRope * 2);
-        for (int i = lane; i < rows; i += kWarp)
-            bulk_load(Shared::rope(rope_.at()) + i * kRope * 2, query_row(p_, request, row0 + i).rope, kRope * 2, full);
-        rope_.advance();
+        warp_arrive(Shared::query_may_come());
     }
 
     // `mine`: this lane copies its box, which begins with a group of 8 tokens of a page.

@@ -19,26 +19,24 @@ __device__ inline uint64_t descriptor_64b(uint32_t units) {
     return kSwizzle64 | uint64_t{512 >> 4} << 32 | (1u << 16 | units);
 }
 
-// Rounding the query, which came through the ring, with each row's largest element at e4m3's largest value: by the
-// multipliers, who have the warps for it, each the rows in the quarters that are its own. A warp does eight rows.
+// Rounding the query, whose rows came through the ring, with each row's largest element at e4m3's largest value: by the
+// scoring warps, each the 16 rows of a slot.
 template <bool IS_FP16>
-__device__ inline void round_query(const Params& p, int half, int latent_slot, int rope_slot) {
+__device__ inline void round_query(const Params& p, int latent_slot, int rope_slot) {
     constexpr float kLargestE4m3 = 448.f;
-    constexpr int kWarpRows = 8;
-    const unsigned thread = thread_anew(), lane = thread % kWarp, warp = thread / kWarp % 4;
-    const int row0 = half * 32 + warp * kWarpRows;
-    const uint4* latent =
-        reinterpret_cast<const uint4*>(shared_memory + latent_slot * kQuarterBytes) + warp % 2 * kWarpRows * 64 + lane;
+    constexpr int kWarpRows = 16;
+    const unsigned thread = thread_anew(), lane = thread % kWarp, row0 = thread / kWarp % 4 * kWarpRows;
+    const uint4* latent = reinterpret_cast<const uint4*>(shared_memory + latent_slot * kQuarterBytes) + lane;
     // Of four rows at a time.
     const uint4* rope = reinterpret_cast<const uint4*>(shared_memory + kRopeAt + rope_slot * kRopeBytes) + row0 * 8 + lane;
-    const int live = p.s_q * p.h_q - blockIdx.x * kRows - row0;
+    const int live = p.s_q * p.h_q - int(blockIdx.x * kRows + row0);
     uint32_t most_bits = 0;  // of row `lane`
 #pragma unroll 1
     for (int i = 0; i < kWarpRows; ++i) {
         const uint32_t of_rope = lane / 8 == i % 4 ? largest_16bit(rope[i / 4 * kWarp]) : 0;
         const uint32_t all = __reduce_max_sync(
             ~0u, max(max(largest_16bit(latent[i * 64]), largest_16bit(latent[i * 64 + kWarp])), of_rope));
-        if (i == lane && i < live) most_bits = all;
+        if (i == int(lane) && i < live) most_bits = all;
     }
     const float most =
         fmaxf(IS_FP16 ? __half2float(__ushort_as_half(most_bits)) : __uint_as_float(most_bits << 16), 1e-30f);
@@ -76,20 +74,30 @@ class Product;
 template <>
 class Product<e4m3> {
   public:
-    __device__ explicit Product(const Params& p) {}
+    __device__ explicit Product(const Params& p) : p_(p) {}
 
-    // Waits until the multipliers have rounded the query.
+    // Its slots are four quarters and one for the rope part.
     __device__ void load_query(int, Ring<kQuarterSlots>& quarters, Ring<kRopeSlots>& rope) {
-        mbarrier_wait(Shared::query_full(), queries_ & 1);
-        ++queries_;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) scale_[half] = Shared::row_scales()[first_row() - blockIdx.x * kRows + 8 * half];
-        quarters.advance(4);
+        named_barrier_sync(kScorerBarrier, kWarpgroup);  // all have done with the one before
+        const Ring<kQuarterSlots> mine = quarters.after(thread_anew() / kWarp % 4);
+        mbarrier_wait(Shared::quarter_full(mine.at()), mine.phase());
+        mbarrier_wait(Shared::rope_full(rope.at()), rope.phase());
+        if (p_.q_is_fp16)
+            round_query<true>(p_, mine.at(), rope.at());
+        else
+            round_query<false>(p_, mine.at(), rope.at());
+        fence_proxy_async();
+        named_barrier_sync(kScorerBarrier, kWarpgroup);
+#pragma unroll 1
+        for (int quarter = 0; quarter < kQuerySlots; ++quarter, quarters.advance())
+            warp_arrive_cluster(Shared::quarter_empty(quarters.at()));
         warp_arrive_cluster(Shared::rope_empty(rope.at()));
         rope.advance();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) scale_[half] = Shared::row_scales()[first_row() - blockIdx.x * kRows + 8 * half];
     }
 
-    __device__ void release_query() const {}  // who rounds the next one has all messages of this one by then
+    __device__ void release_query() const {}  // who rounds the next one is the scorer itself
 
     // Unscaled scores of the next span. Returns when they are there.
     __device__ void score(float (&s)[64], Ring<kQuarterSlots>& quarters, Ring<kRopeSlots>& rope) const {
@@ -123,6 +131,6 @@ class Product<e4m3> {
     __device__ float scale(int half) const { return scale_[half]; }
 
   private:
+    const Params& p_;
     float scale_[2];
-    unsigned queries_ = 0;
 };

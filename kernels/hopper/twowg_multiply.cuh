@@ -55,7 +55,6 @@ class Multiplier : Values<T> {
             feed_tasks();
             if (!ready) {
                 if (Tasks::wait() != Step::kAttend) break;
-                if constexpr (kE4m3) round_my_rows();
                 if (Feeder::is_at_first()) {  // all others are busy with it now: time to work out more
                     ready = true;
                     continue;
@@ -71,7 +70,7 @@ class Multiplier : Values<T> {
     __device__ void attend() {
 #pragma unroll
         for (int i = 0; i < 128; ++i) o_[i / kPart][i % kPart] = 0.f;
-        if constexpr (!kTurned) quarters_.advance(kQueryQuarters);
+        quarters_.advance(kQuerySlots);
         for (int spans = spans_of(Tasks::item()); spans > 0; --spans) {
             rescale();
             this->add();
@@ -210,25 +209,6 @@ class Multiplier : Values<T> {
         __device__ float next() { return (kTurned ? pair++ : group) % 2 ? factors.y : factors.x; }
     };
 
-    // Of the query, for the scorer, who has done with the last one: see round_query.
-    __device__ void round_my_rows() {
-        const int slot = thread_anew() / (2 * kWarp) % 2;  // of the two quarters this warp's
-        const Ring<kQuarterSlots> mine = quarters_.after(slot);
-        mbarrier_wait(Shared::quarter_full(mine.at()), mine.phase());
-        mbarrier_wait(Shared::rope_full(rope_.at()), rope_.phase());
-        if (p_.q_is_fp16)
-            round_query<true>(p_, half(), mine.at(), rope_.at());
-        else
-            round_query<false>(p_, half(), mine.at(), rope_.at());
-        fence_proxy_async();
-        __syncwarp();
-        warp_arrive(Shared::query_full());
-        warp_arrive_cluster(Shared::quarter_empty(quarters_.at()));
-        warp_arrive_cluster(Shared::quarter_empty(quarters_.after(1).at()));
-        quarters_.advance(4);
-        rope_.advance((1 + spans_of(Tasks::item())) % (2 * kRopeSlots));
-    }
-
     __device__ static int spans_of(const Item& item) {
         return (item.tile_end - item.tile_begin + kSpan / kTile - 1) / (kSpan / kTile);
     }
@@ -320,5 +300,4 @@ class Multiplier : Values<T> {
     }
 
     const Params& p_;
-    Ring<kRopeSlots> rope_;  // of the next query; the scorer follows the others
 };

@@ -79,6 +79,7 @@ constexpr int kRopeSlots = kE4m3 ? 2 : kScaled ? 0 : kWidens ? 4 : kGather ? 2 :
 constexpr int kParts = kScaled ? 1 : 4;  // slots of the ring that a span takes: of fp8_ds_mla they hold whole rows
 constexpr int kTasksAhead = 4;  // of the one that the first multiplier works on
 constexpr int kQueryQuarters = FUSEDMLA_QUERY_QUARTERS;
+constexpr int kQuerySlots = kE4m3 ? 4 : kQueryQuarters;  // of the ring, that a query takes
 constexpr int kAtomBytes = 8 * 128;          // 8 tokens (or rows) x 128 bytes in the 128-byte swizzle
 constexpr int kBlockBytes = 8 * kAtomBytes;  // 64 rows x 128 bytes
 constexpr int kGroupBytes = kCacheBytes * kAtomBytes;  // 8 tokens x 128 columns
@@ -149,11 +150,11 @@ class Ring {
 // Barriers come in pairs: `full` is waited for by the reader of a slot, `empty` by its writer.
 // - quarter: 128 latent columns of a span. The copying warp fills it. The scorer reads it first, and by sending the
 //   span's weights hands it on to a multiplier (the first one has quarters 0 and 1), which alone says when it is empty.
-//   With e4m3 an item begins with its query in four quarters and a rope slot, which the multipliers round.
+//   With e4m3 an item begins with its query's rows in four quarters and a rope slot, which the scorer rounds.
 // - rope: the span's last 64 columns, for the scorer only.
 // - query: what the scorer does not keep in registers, see twowg_query.cuh; the rest comes through the ring, and the
-//   scorer says when its slots are empty. `may come` hands those slots to the loaders. With e4m3 the multipliers round
-//   the query: the scorer has done with the one before when they come to the next.
+//   scorer says when its slots are empty. `may come` hands those slots to the loaders, and `full` says that they have
+//   done with them.
 // - message: what the scorer tells the multipliers: for a span the weights P and the factors that rescale O's rows, and
 //   at the end of an item the factors that normalise them. `go` (16-bit operands) lets them do what they hold back of
 //   it; it comes with the next message at the latest. That of slot 1 is one round ahead, for it also comes before the
@@ -221,12 +222,12 @@ struct Shared {
             mbarrier_init(rope_full(i), kFills + (kFencesAfterCopies ? kCopiers : 0));
             mbarrier_init(rope_empty(i), kScorerWarps * kCluster);
         }
-        mbarrier_init(query_full(), kE4m3 ? kMultiplierWarps : kGather ? kLoaders * kWarp : kLoaders);
+        mbarrier_init(query_full(), kGather ? kLoaders * kWarp : kLoaders);
         mbarrier_init(query_empty(), kScorerWarps);
         mbarrier_init(query_may_come(), 1);
         for (int i = 0; i < kTaskSlots; ++i) {
             mbarrier_init(task_full(i), 1);
-            mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + kCopiers + (kE4m3 || kGather ? 0 : kLoaders));
+            mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + kCopiers + (kGather ? 0 : kLoaders));
         }
         for (int i = 0; i < kMessageSlots; ++i) {
             mbarrier_init(message_full(i), kScorerWarps);

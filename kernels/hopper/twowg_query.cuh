@@ -10,7 +10,7 @@
 // Waits for the slots of the ring that a query takes, and passes them over. By who fills the others.
 __device__ inline void pass_query_slots(Ring<kQuarterSlots>& ring) {
 #pragma unroll 1
-    for (int quarter = 0; quarter < kQueryQuarters; ++quarter, ring.advance())
+    for (int quarter = 0; quarter < kQuerySlots; ++quarter, ring.advance())
         mbarrier_wait(Shared::quarter_empty(ring.at()), ring.phase() ^ 1);
 }
 
@@ -116,4 +116,60 @@ class QueryLoader {
     const Params& p_;
     uint64_t nope_ = 0, rope_ = 0;  // of a row of the warp's; 0 past the last
     unsigned queries_ = 0;
+};
+
+// With e4m3: whole rows into the ring, for the scorer to round. 16 rows a quarter, all rope parts in a slot.
+class RowLoader {
+  public:
+    __device__ explicit RowLoader(const Params& p) : p_(p) {}
+
+    __device__ void run() {
+        Tasks::begin();
+        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done()) {
+            if (step != Step::kAttend) continue;
+            const Item& item = Tasks::item();
+            mbarrier_wait(Shared::query_may_come(), queries_++ & 1);
+            for (int slot = warp(); slot < kQuerySlots; slot += kLoaders) copy_latent(item.request, slot);
+            if (warp() == kLoaders - 1) copy_rope(item.request);
+            warp_arrive(Shared::query_full());
+            const int spans = (item.tile_end - item.tile_begin + 1) / 2;
+            quarters_.advance((kQuerySlots + 4 * spans) % (2 * kQuarterSlots));
+            rope_.advance((1 + spans) % (2 * kRopeSlots));
+        }
+    }
+
+  private:
+    static constexpr int kRowsOfSlot = kRows / 4;
+
+    static __device__ int warp() { return int(thread_anew() / kWarp) - (4 * kWarpgroup / kWarp - kLoaders); }
+    static __device__ int lane() { return thread_anew() % kWarp; }
+    __device__ int live(int first, int count) const {
+        return min(max(p_.s_q * p_.h_q - block_x_anew() * kRows - first, 0), count);
+    }
+
+    __device__ void copy_latent(int request, int slot) const {
+        const Ring<kQuarterSlots> to = quarters_.after(slot);
+        const int first = slot * kRowsOfSlot, rows = live(first, kRowsOfSlot);
+        const uint32_t full = Shared::quarter_full(to.at());
+        if (lane() == 0) mbarrier_expect_tx(full, rows * kLatent * 2);
+        __syncwarp();
+        if (lane() < rows)
+            bulk_load(Shared::quarter(to.at()) + lane() * kLatent * 2,
+                      query_row(p_, request, block_x_anew() * kRows + first + lane()).nope, kLatent * 2, full);
+    }
+    __device__ void copy_rope(int request) const {
+        const uint32_t full = Shared::rope_full(rope_.at());
+        const int rows = live(0, kRows);
+        if (lane() == 0) mbarrier_expect_tx(full, rows * kRope * 2);
+        __syncwarp();
+        for (int i = lane(); i < rows; i += kWarp)
+            bulk_load(Shared::rope(rope_.at()) + i * kRope * 2, query_row(p_, request, block_x_anew() * kRows + i).rope,
+                      kRope * 2, full);
+        __syncwarp();
+    }
+
+    const Params& p_;
+    unsigned queries_ = 0;
+    Ring<kQuarterSlots> quarters_;
+    Ring<kRopeSlots> rope_;
 };

@@ -153,21 +153,25 @@ class Scorer {
 
     // The sum of a row's weights: its logarithm to global memory, its inverse to the multipliers.
     __device__ void finish(const Item& item) {
-        float norm[2], log_sum[2];
+        const bool joined = kMostJoined > 1 && joins(p_, item);
+        if (joined) await_others(p_, item);
+        float norm[2], others[2][kMostJoined];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float total = total_[half];
             total += __shfl_xor_sync(~0u, total, 1);
             total += __shfl_xor_sync(~0u, total, 2);
             norm[half] = total == 0.f ? 0.f : k_scale_of(p_) / total;
-            log_sum[half] = total == 0.f ? -INFINITY : top_[half] - kWeightExponent + log2_approx(total);
-        }
-        float others[2][kMostJoined];
-        const bool joined = kMostJoined > 1 && joins(p_, item);
-        if (joined) weigh_others(item, norm, log_sum, others);
+            float log_sum = total == 0.f ? -INFINITY : top_[half] - kWeightExponent + log2_approx(total);
+            if (joined) {
+                const JoinedRow row(p_, item, first_row() + 8 * half, log_sum);
+                norm[half] *= row.weight[0];
+                log_sum = row.log_sum;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            if (threadIdx.x % 4 == 0) store_log_sum(p_, item, first_row() + 8 * half, log_sum[half]);
+                for (int piece = 1; piece < kMostJoined; ++piece) others[half][piece] = row.weight[piece];
+            }
+            if (threadIdx.x % 4 == 0) store_log_sum(p_, item, first_row() + 8 * half, log_sum);
+        }
         send_factors(norm);
         if constexpr (kMostJoined > 1)
             if (joined) send_others(item, others);
@@ -185,18 +189,6 @@ class Scorer {
         release_held();
         const float ones[2] = {1.f, 1.f};
         send_factors(ones);
-    }
-
-    __device__ void weigh_others(const Item& item, float (&norm)[2], float (&log_sum)[2], float (&others)[2][kMostJoined]) {
-        await_others(p_, item);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const JoinedRow row(p_, item, first_row() + 8 * half, log_sum[half]);
-            norm[half] *= row.weight[0];
-            log_sum[half] = row.log_sum;
-#pragma unroll
-            for (int piece = 1; piece < kMostJoined; ++piece) others[half][piece] = row.weight[piece];
-        }
     }
 
     __device__ void send_factors(const float (&factors)[2]) {
