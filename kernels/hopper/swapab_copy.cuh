@@ -3,7 +3,7 @@
 // Included by a kernel after it has defined FORMAT, Element, N and Layout.
 #pragma once
 
-#include "swapab_even.cuh"
+#include "even.cuh"
 #include "swapab_staged.cuh"
 
 namespace {

@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
         std::conditional_t<kWidens, TurnedScorer, Scorer<Element>>(p).run();
     } else if (warpgroup < 3) {
         raise_registers<kMultiplierRegisters>();
-        if (multiplier_thread() < kWarp) Feeder(p).save();
+        if (multiplier_thread() < kWarp && !Feeder::feed_even(p)) Feeder(p).save();
         Multiplier<Element>(p).run();
         merge_split(p);
     } else {

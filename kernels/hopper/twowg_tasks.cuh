@@ -7,6 +7,7 @@
 
 #include <new>
 
+#include "even.cuh"
 #include "twowg_partial.cuh"
 
 class Feeder {
@@ -24,12 +25,31 @@ class Feeder {
                 work_.rewind();
             }
             mbarrier_wait(Shared::task_empty(tasks_.at()), tasks_.phase() ^ 1);
-            if (threadIdx.x % kWarp == 0) {
-                Shared::task(tasks_.at()) = {item, step_};
-                mbarrier_arrive(Shared::task_full(tasks_.at()));
-            }
+            if (threadIdx.x % kWarp == 0) hand_over(tasks_.at(), item, step_);
             tasks_.advance();
         }
+    }
+
+    // Hands over everything where that takes no walk: a small batch, of which a program has one item at most. False if
+    // it is none.
+    static __device__ bool feed_even(const Params& p) {
+        const int each = programs_each(p.schedule);
+        if (each == 0) return false;
+        Item item;
+        int tiles;
+        const Even even = even_item(p.schedule, p.seq_lens, each, blockIdx.y, item, tiles);
+        if (even == Even::kNo) return false;
+        if (threadIdx.x % kWarp == 0) {
+            saved()->step_ = Step::kEnd, saved()->calls_ = 0;
+            int slot = 0;
+            if (even == Even::kItem) {
+                hand_over(slot++, item, Step::kAttend);
+                if (is_merged(p, item)) hand_over(slot++, item, Step::kMerge);
+            }
+            hand_over(slot, item, Step::kEnd);
+        }
+        __syncwarp();
+        return true;
     }
 
     // Whether all tasks have been handed over.
@@ -50,7 +70,12 @@ class Feeder {
     }
 
   private:
-    static __device__ const Feeder* saved() { return reinterpret_cast<const Feeder*>(shared_memory + kFeederAt); }
+    static __device__ Feeder* saved() { return reinterpret_cast<Feeder*>(shared_memory + kFeederAt); }
+
+    static __device__ void hand_over(int slot, const Item& item, Step step) {
+        Shared::task(slot) = {item, step};
+        mbarrier_arrive(Shared::task_full(slot));
+    }
 
     // First all items of this program, then again those that are to be merged.
     __device__ bool find(Item& item) {
