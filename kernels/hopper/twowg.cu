@@ -39,12 +39,10 @@ using Copying = std::conditional_t<kGather, Gatherer, std::conditional_t<kScaled
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const __grid_constant__ Params p) {
     const int warpgroup = threadIdx.x / kWarpgroup;
-    if (threadIdx.x == 3 * kWarpgroup) {
-        Shared::init_barriers();
-        if (!kScaled && !kGather) {
-            tma_prefetch(&p.latent);
-            tma_prefetch(&p.rope);
-        }
+    if (thread_anew() % kWarp == 0) Shared::init_barriers();
+    if (threadIdx.x == 3 * kWarpgroup && !kScaled && !kGather) {
+        tma_prefetch(&p.latent);
+        tma_prefetch(&p.rope);
     }
     if constexpr (kCluster == 1)
         __syncthreads();

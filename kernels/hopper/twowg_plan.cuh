@@ -211,25 +211,30 @@ struct Shared {
     static __device__ uint32_t query_may_come() { return rope_full(2 * kRopeSlots + 2); }
     static __device__ uint32_t query_empty() { return rope_full(2 * kRopeSlots + 1); }
 
+    // By the first lane of every warp: an initialisation takes as long as a load, one after the other.
     static __device__ void init_barriers() {
         constexpr int kScorerWarps = 4, kMultiplierWarps = 8, kFills = kCopiers * (kFencesAfterCopies ? kWarp : 1);
-        for (int i = 0; i < kQuarterSlots; ++i) {
+        constexpr int kWarps = kThreads / kWarp;
+        const int warp = thread_anew() / kWarp;
+        for (int i = warp; i < kQuarterSlots; i += kWarps) {
             mbarrier_init(quarter_full(i), kFills);
             // Every CTA's, for copies go to all.
             mbarrier_init(quarter_empty(i), (kParts == 1 ? kMultiplierWarps : kMultiplierWarps / 2) * kCluster);
         }
-        for (int i = 0; i < kRopeSlots; ++i) {
+        for (int i = kWarps - 1 - warp; i < kRopeSlots; i += kWarps) {
             mbarrier_init(rope_full(i), kFills + (kFencesAfterCopies ? kCopiers : 0));
             mbarrier_init(rope_empty(i), kScorerWarps * kCluster);
         }
-        mbarrier_init(query_full(), kGather ? kLoaders * kWarp : kLoaders);
-        mbarrier_init(query_empty(), kScorerWarps);
-        mbarrier_init(query_may_come(), 1);
-        for (int i = 0; i < kTaskSlots; ++i) {
+        for (int i = warp; i < kTaskSlots; i += kWarps) {
             mbarrier_init(task_full(i), 1);
             mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + kCopiers + (kGather ? 0 : kLoaders));
         }
-        for (int i = 0; i < kMessageSlots; ++i) {
+        if (warp == kTaskSlots) {
+            mbarrier_init(query_full(), kGather ? kLoaders * kWarp : kLoaders);
+            mbarrier_init(query_empty(), kScorerWarps);
+            mbarrier_init(query_may_come(), 1);
+        }
+        for (int i = warp - kTaskSlots - 1; 0 <= i && i < kMessageSlots; i += kWarps) {
             mbarrier_init(message_full(i), kScorerWarps);
             mbarrier_init(message_empty(i), kMultiplierWarps);
             mbarrier_init(go(i), kScorerWarps);
