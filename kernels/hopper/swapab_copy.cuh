@@ -4,6 +4,7 @@
 #pragma once
 
 #include "even.cuh"
+#include "query.cuh"
 #include "swapab_staged.cuh"
 
 namespace {
@@ -103,12 +104,14 @@ __device__ void produce(const Params& p, const Shared& shared) {
     named_barrier_sync(kReady, kConsumers + kWarp);
     const uint64_t policy = policy_of(work.total());
     Item item;
-    bool any_split = false;
+    bool any_split = false, is_first = true;
     for (int pass = 0; pass < 2; ++pass) {  // attend, then merge what was split
         while (work.next(item)) {
             any_split |= item.slot >= 0;
             if (pass == 0) {
                 hand_over(shared, items, item, Step::kAttend);
+                if (!is_first) prefetch_query<N, kWarp>(p, item.request, first_row_of_block(), threadIdx.x % kWarp);
+                is_first = false;
                 copy_tiles(p, shared, stages, item, policy);
             } else if (item.slot >= 0) {
                 hand_over(shared, items, item, Step::kMerge);
