@@ -22,7 +22,7 @@ class Gatherer {
     __device__ static int lane() { return thread_anew() % kWarp; }
     __device__ static int warp() { return thread_anew() / kWarp % 4; }
 
-    // A row for each of the first 16 lanes. The next tile's entries, and then its rows into L2, are on their way meanwhile.
+    // A row for each of the first 16 lanes. The next tile's entries are on their way meanwhile.
     __device__ void gather_item(const Item& item) {
         const Ring<kQuarterSlots> slots = quarters_;
         pass_query_slots(quarters_);
@@ -36,17 +36,9 @@ class Gatherer {
                 copy_rows(from);
             else
                 copy_pieces(from);
-            if (FUSEDMLA_PREFETCH_ROWS) prefetch_row(listed_row<kRowBytes>(p_, item.request, entry));
             if (tile == item.tile_begin) loader_.finish(item.request);
         }
         if (item.tile_begin == item.tile_end) loader_.finish(item.request);
-    }
-
-    __device__ static void prefetch_row(const uint8_t* row) {
-        if (row == nullptr) return;
-#pragma unroll 1
-        for (int i = 0; i < kRowBytes; i += 128) prefetch_line(row + i);
-        if (kScaled) prefetch_line(row + kRowBytes - 16);
     }
 
     __device__ int entry_of(const Item& item, int tile) const {

@@ -24,9 +24,6 @@
 #ifndef FUSEDMLA_PREFETCH  // 1: copies that have to wait for a slot are brought into L2 meanwhile
 #define FUSEDMLA_PREFETCH (!kE4m3 && !kWidens)
 #endif
-#ifndef FUSEDMLA_PREFETCH_ROWS  // 1: of listed keys, the next tile's are brought into L2
-#define FUSEDMLA_PREFETCH_ROWS 1
-#endif
 #ifndef FUSEDMLA_QUERY_QUARTERS  // of the query's four latent quarters, those in registers; the others in shared memory
 #define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : kGather ? 2 : 3)
 #endif
