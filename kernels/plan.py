@@ -10,7 +10,7 @@ from . import hopper
 from .common import device_facts
 from .layout import D_V
 from .schedule import ScheduleParams
-from .select import HOPPER_KERNELS, DecodeConfig, select_decode, select_portable
+from .select import HOPPER_KERNELS, HOPPER_TILE, DecodeConfig, few_rows, select_decode, select_portable
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ def make_plan(config: DecodeConfig, rows: int, num_sms: int, batch_invariant: bo
     return DecodePlan(config, params)
 
 
-@lru_cache(maxsize=256)
 def decode_plan(
     s_q: int,
     h_q: int,
@@ -54,8 +53,9 @@ def decode_plan(
     batch_invariant: bool = False,
     fp8_mma: bool = False,
     portable: bool = False,
+    tiles: int | None = None,
 ) -> DecodePlan:
-    """Plan for a launch shape; the same for every batch size, so that captured graphs may share buffers.
+    """Plan for a launch shape; without `tiles` the same for every batch, so that captured graphs may share buffers.
 
     Makes a Hopper kernel ready for launches, or plans for the portable one where that fails.
 
@@ -65,11 +65,35 @@ def decode_plan(
         batch_invariant: see `schedule.ScheduleParams`.
         fp8_mma: see `select.select_decode`.
         portable: take the portable kernel, whether or not another is preferred.
+        tiles: most KV tiles of the batch where that is known (`batch_tiles`): for a small one another kernel may be
+            faster. Not looked at with batch_invariant.
     """
+    few = None
+    if tiles is not None and not batch_invariant:
+        few = few_rows(s_q * h_q, cache_format, tiles, device_facts(device)[1])
+    return _decode_plan(s_q, h_q, cache_format, device, batch_invariant, fp8_mma, portable, few)
+
+
+def batch_tiles(b: int, max_seq_len: int) -> int:
+    """Most KV tiles of a batch of `b` requests of up to `max_seq_len` tokens."""
+    return b * -(-max_seq_len // HOPPER_TILE)
+
+
+@lru_cache(maxsize=256)
+def _decode_plan(
+    s_q: int,
+    h_q: int,
+    cache_format: str,
+    device: torch.device,
+    batch_invariant: bool,
+    fp8_mma: bool,
+    portable: bool,
+    few: int | None,
+) -> DecodePlan:
     arch, num_sms = device_facts(device)
     rows = s_q * h_q
     compiled = device.type == "cuda" and not portable and hopper.available()
-    config = select_decode(arch, rows, cache_format, compiled, fp8_mma)
+    config = select_decode(arch, rows, cache_format, compiled, fp8_mma, few)
     if config.kernel in HOPPER_KERNELS and not hopper.loads(config, cache_format, rows, device):
         config = select_portable(arch, rows, cache_format)
     return make_plan(config, rows, num_sms, batch_invariant)

@@ -70,6 +70,7 @@ _SPARSE_TABLE = (
     ((8, 0), (99, 9), _SIXTEEN_BIT, MAX_H_Q, (16, 32, 4, 2, 1, 1, 2), 8),
     ((8, 0), (99, 9), _FP8 + _DS_MLA, MAX_H_Q, (16, 32, 4, 2, 2, 1, 2), 4),
 )
+_MOST_SWAPAB_ROWS = 32
 HOPPER_KERNELS = ("swapab", "twowg", "twowg_e4m3", "twowg_rows", "twowg_gather", "swapab_gather")
 """Names of the CUDA kernels in hopper/."""
 _HOPPER_TABLE = (
@@ -90,16 +91,50 @@ _HOPPER_SPARSE_TABLE = (
 )
 """The last column: up to so many, the swap-AB kernel with blocks of 16 heads is faster. Each gathers a list again, but
 more of the GPU takes part. Measured with 64 heads and 1 to 8 tokens, with 32 and 128 heads and one token."""
+_FEW_TILES_TABLE = (
+    # caches | query rows of a block | most tiles of all blocks together for each multiprocessor
+    (_SIXTEEN_BIT, 16, 5),
+    (_SIXTEEN_BIT, 32, 7),
+    (_FP8, 16, 10),
+    (_FP8, 32, 18),
+    (_DS_MLA, 16, 22),
+)
+"""Where batches of more than 32 rows a request are so small that the swap-AB kernel is faster than the 64-row one,
+though each of its blocks reads the cache again. The first row that fits wins."""
+_FIXED_TILES = 3, 5
+"""What an item of a Hopper kernel costs beside its tiles, in tiles of 16-bit caches and of 8-bit ones: by the times of
+ragged batches."""
 _FEW_HEADS = 16
 FEW_TOKENS = 8
 """Most query tokens on which the choice of a sparse kernel may depend."""
-_HOPPER_TILE, _HOPPER_WARPS = 64, 12
-LARGEST_TILE = max(_HOPPER_TILE, *(values[1] for *_, values in _TABLE))
+HOPPER_TILE, _HOPPER_WARPS = 64, 12
+LARGEST_TILE = max(HOPPER_TILE, *(values[1] for *_, values in _TABLE))
 """Tokens of the largest KV tile: pages of a multiple of it hold whole tiles of every kernel."""
 
 
+def few_rows(rows: int, cache_format: str, tiles: int, num_sms: int) -> int | None:
+    """Query rows of a block of the swap-AB kernel where it serves a small batch better than the 64-row kernel, or None.
+
+    Args:
+        rows, cache_format: as of `select_decode`.
+        tiles: most KV tiles of the batch, of 64 tokens.
+        num_sms: multiprocessors of the GPU.
+    """
+    if rows <= _MOST_SWAPAB_ROWS:
+        return None
+    for caches, block, most in _FEW_TILES_TABLE:
+        if cache_format in caches and tiles * -(-rows // block) <= most * num_sms:
+            return block
+    return None
+
+
 def select_decode(
-    arch: tuple[int, int] | None, rows: int, cache_format: str, hopper: bool = False, fp8_mma: bool = False
+    arch: tuple[int, int] | None,
+    rows: int,
+    cache_format: str,
+    hopper: bool = False,
+    fp8_mma: bool = False,
+    few: int | None = None,
 ) -> DecodeConfig:
     """Choose the dense decode kernel.
 
@@ -110,6 +145,7 @@ def select_decode(
         hopper: whether the compiled kernels of hopper/ are there, see `hopper.available`.
         fp8_mma: whether query and weights may be rounded to e4m3 where that is faster: on Hopper, with `fp8` caches
             and more than 32 rows.
+        few: from `few_rows`, for a batch known to be small.
 
     Raises:
         ValueError: no kernel serves this call; the message says why.
@@ -121,7 +157,10 @@ def select_decode(
             if cache_format in caches and rows <= most_rows:
                 kernel = "twowg_e4m3" if kernel == "twowg" and cache_format == "fp8" and fp8_mma else kernel
                 reason = f"compute capability 9.0, {rows} query rows a request, {cache_format} cache"
-                return DecodeConfig(kernel, block_h, _HOPPER_TILE, _HOPPER_WARPS, 0, 1, 1, 1, reason)
+                if few is not None:
+                    kernel, block_h, reason = "swapab", few, f"{reason}, few tiles"
+                fixed = _FIXED_TILES[cache_format not in _SIXTEEN_BIT]
+                return DecodeConfig(kernel, block_h, HOPPER_TILE, _HOPPER_WARPS, 0, 1, fixed, 1, reason)
     return select_portable(arch, rows, cache_format)
 
 
@@ -158,7 +197,7 @@ def select_sparse(
                 if tokens is not None and tokens <= FEW_TOKENS and blocks <= few_blocks:
                     kernel, block_h = "swapab_gather", _FEW_HEADS
                 reason = f"compute capability 9.0, {h_q} query heads, {cache_format} cache"
-                return DecodeConfig(kernel, block_h, _HOPPER_TILE, _HOPPER_WARPS, 0, 1, 1, 1, reason)
+                return DecodeConfig(kernel, block_h, HOPPER_TILE, _HOPPER_WARPS, 0, 1, 1, 1, reason)
     for least, most, caches, most_rows, values, groups in _SPARSE_TABLE:
         if least <= arch <= most and cache_format in caches and h_q <= most_rows:
             reason = f"compute capability {arch[0]}.{arch[1]}, {h_q} query heads, {cache_format} cache"

@@ -39,7 +39,7 @@ def config_of(name: str) -> DecodeConfig:
     """The configuration of a kernel of hopper/ that serves paged requests."""
     kernel = "twowg_e4m3" if rounds(name) else "twowg_rows" if name == ROWS_NAME else name.split("_")[0]
     block_h = int(name.rsplit("_n", 1)[1]) if kernel == "swapab" else 64
-    return DecodeConfig(kernel, block_h, 64, 12, 0, 1, 1, 1, "forced")
+    return DecodeConfig(kernel, block_h, 64, 12, 0, 1, 3, 1, "forced")
 
 
 def plan_of(name: str, rows: int, device: torch.device, batch_invariant: bool = False):

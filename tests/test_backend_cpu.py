@@ -211,7 +211,7 @@ def test_kernels_that_schedule_themselves_get_no_schedule(
 ) -> None:
     config = select.select_decode((9, 0), HEADS, "bf16", hopper=True)
     monkeypatch.setattr(
-        limits.DecodeLimits, "plan", lambda self, s_q, device: make_plan(config, HEADS * s_q, 132, False)
+        limits.DecodeLimits, "plan", lambda self, s_q, device, tiles=None: make_plan(config, HEADS * s_q, 132, False)
     )
     monkeypatch.setattr(limits.DecodeLimits, "warm_up", lambda *call: None)
     monkeypatch.setattr(metadata, "build_schedule", lambda *call: pytest.fail("a launch for nothing"))
@@ -223,7 +223,7 @@ def test_kernels_that_schedule_themselves_get_no_schedule(
 
 def test_environment_reaches_the_plan(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(limits, "decode_plan", lambda *call: asked.append(call[-2:]))
+    monkeypatch.setattr(limits, "decode_plan", lambda *call: asked.append(call[-3:-1]))
     for kernel, fp8_mma in (("auto", "0"), ("portable", "0"), ("auto", "1")):
         monkeypatch.setenv("VLLM_FUSEDMLA_KERNEL", kernel)
         monkeypatch.setenv("VLLM_FUSEDMLA_FP8_MMA", fp8_mma)

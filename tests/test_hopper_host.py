@@ -2,6 +2,7 @@
 """The host's side of the Hopper kernels, on any machine: which kernel a call gets, how it is divided, its parameter."""
 
 import ctypes
+import itertools
 import logging
 import subprocess
 import sys
@@ -29,10 +30,10 @@ def fresh(monkeypatch, tmp_path):
     for name in VARIANTS:
         (tmp_path / f"{name}.cubin").touch()
     hopper._missing.cache_clear()
-    plan.decode_plan.cache_clear()
+    plan._decode_plan.cache_clear()
     yield tmp_path
     hopper._missing.cache_clear()
-    plan.decode_plan.cache_clear()
+    plan._decode_plan.cache_clear()
 
 
 # Which kernel
@@ -50,6 +51,35 @@ def test_every_shape_gets_a_kernel_that_is_compiled(cache_format, fp8_mma):
             assert config.kernel == "swapab" and rows <= config.block_h < rows + 8, "one block, no row wasted"
         if config.kernel == "swapab":
             assert config.block_h in swapab_rows(cache_format)
+
+
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_small_batches_of_many_rows_get_blocks_of_the_swapab_kernel(cache_format):
+    for rows in ROWS:
+        blocks = [select.few_rows(rows, cache_format, tiles, SMS) for tiles in range(2000)]
+        kept = [block for block, _ in itertools.groupby(blocks)]
+        assert kept == ([None] if rows <= 32 else [16, None] if cache_format == "fp8_ds_mla" else [16, 32, None])
+        for block in filter(None, kept):
+            config = select.select_decode(HOPPER, rows, cache_format, hopper=True, fp8_mma=True, few=block)
+            assert (config.kernel, config.block_h) == ("swapab", block)
+            assert hopper.variant_of(config, cache_format, rows) in VARIANTS
+            made = plan.make_plan(config, rows, SMS, False)
+            assert hopper.row_blocks(config, rows) * made.params.num_programs <= SMS
+
+
+def test_plans_follow_the_tiles_that_a_batch_may_have(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(plan, "device_facts", lambda device: (HOPPER, SMS))
+    monkeypatch.setattr(hopper, "available", lambda: True)
+    monkeypatch.setattr(hopper, "loads", lambda *args: True)
+    assert plan.batch_tiles(3, 65) == 6
+
+    def kernel(**options):
+        return plan.decode_plan(1, 128, "fp8", gpu, **options).config.kernel
+
+    assert kernel(tiles=100) == kernel(tiles=100, fp8_mma=True) == "swapab"
+    assert kernel() == kernel(tiles=100000) == kernel(tiles=100, batch_invariant=True) == "twowg"
+    assert plan.decode_plan(1, 16, "fp8", gpu) is plan.decode_plan(1, 16, "fp8", gpu, tiles=7)
 
 
 def test_every_kernel_serves_some_shape():

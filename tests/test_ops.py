@@ -28,7 +28,7 @@ def test_mla_decode_computes_attention(problem, device):
 def test_operator_registration_is_sound(problem):
     q, cache, table, lens = problem.arguments()
     out, lse = torch.empty(3, 2, 4, 512, dtype=q.dtype, device=q.device), torch.empty(3, 2, 4, device=q.device)
-    arguments = (q, cache, table, lens, out, lse, None, 1.0, None, True, False, False, None, None, None)
+    arguments = (q, cache, table, lens, out, lse, None, 1.0, None, True, False, False, 4096, None, None, None)
     # A poisoned cache is no input for a check that compares numbers: NaN differs from NaN.
     arguments = (q, torch.zeros_like(cache), *arguments[2:])
     torch.library.opcheck(torch.ops.fusedmla.mla_decode.default, arguments)

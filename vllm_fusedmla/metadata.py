@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from . import envs
 from .counts import DecodeCounter
-from .kernels.plan import DecodePlan
+from .kernels.plan import DecodePlan, batch_tiles
 from .kernels.schedule import ScheduleParams, TileSchedule, allocate_schedule, build_schedule
 from .kernels.select import MAX_S_Q
 from .limits import DecodeLimits, decode_threshold
@@ -86,9 +86,11 @@ class FusedMLAMetadataBuilder(MLACommonMetadataBuilder[FusedMLAMetadata]):
         num_tokens = kwargs["num_decode_tokens"]
         decode_tokens.scheduled += num_tokens
         if not uses_reference():
+            # While a graph is captured, max_seq_len is the engine's.
             # Not max_query_len: a padded batch's tokens are num_requests x s_q, and that is how layers reshape them.
             s_q = max(num_tokens // seq_lens_device.shape[0], 1)
-            metadata.plan = self._limits.plan(s_q, self.device)
+            tiles = batch_tiles(seq_lens_device.shape[0], kwargs["max_seq_len"])
+            metadata.plan = self._limits.plan(s_q, self.device, tiles)
             if not metadata.plan.on_hopper:
                 metadata.schedule = self._buffers(metadata.plan.params).narrow(seq_lens_device.shape[0])
                 build_schedule(seq_lens_device, metadata.plan.params, metadata.schedule)

@@ -14,7 +14,7 @@ import torch
 
 from .checks import check_block_table, check_cache, check_query, require, require_contiguous, scale_parts
 from .kernels import layout, reference
-from .kernels.plan import decode_plan
+from .kernels.plan import batch_tiles, decode_plan
 from .kernels.schedule import ITEM_FIELDS, ScheduleParams, TileSchedule, build_schedule, build_schedule_host
 from .kernels.select import MAX_S_Q
 from .sparse_ops import flash_mla_sparse_fwd as flash_mla_sparse_fwd
@@ -35,6 +35,7 @@ def mla_decode(
     k_scale: float | torch.Tensor | None = None,
     batch_invariant: bool = False,
     fp8_mma: bool = False,
+    max_seq_len: int | None = None,
     schedule: TileSchedule | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
@@ -56,6 +57,8 @@ def mla_decode(
         fp8_mma: let fp8 tensor cores multiply where there is a kernel for it: a Hopper GPU, an fp8 cache of width 576,
             s_q x h_q > 32. Faster, but query and softmax weights are rounded to e4m3, each by up to 2^-4 of itself, so
             out and lse are less exact.
+        max_seq_len: no element of seq_lens is greater, where that is known without asking the GPU: batches of few keys
+            and more than 32 query rows are decoded by another kernel then, which may round differently.
         schedule: from `decode_schedule` with the same arguments, to share it among calls with the same lengths; the
             kernels for Hopper schedule themselves and ignore it.
         out: ``[b, s_q, h_q, 512]`` in q's dtype and lse ``[b, s_q, h_q]`` float32, contiguous, allocated if not given.
@@ -76,7 +79,7 @@ def mla_decode(
     if schedule is not None:
         _check_schedule(schedule, b, _plan_params(s_q * h_q, layout.cache_format(cache), seq_lens, batch_invariant))
     parts = (None, None, None) if schedule is None else (schedule.program_begin, schedule.items, schedule.num_splits)
-    modes = (causal, batch_invariant, fp8_mma)
+    modes = (causal, batch_invariant, fp8_mma, max_seq_len)
     scale = scale_parts(k_scale)
     torch.ops.fusedmla.mla_decode(q, cache, block_table, seq_lens, out, lse, *scale, sm_scale, *modes, *parts)
     return out, lse
@@ -96,6 +99,7 @@ def _mla_decode_op(
     causal: bool,
     batch_invariant: bool,
     fp8_mma: bool,
+    max_seq_len: int | None,
     program_begin: torch.Tensor | None,
     items: torch.Tensor | None,
     num_splits: torch.Tensor | None,
@@ -108,7 +112,8 @@ def _mla_decode_op(
     from .kernels import dense_decode  # here, so that a CPU install needs no Triton
 
     b, s_q, h_q, _ = q.shape
-    plan = decode_plan(s_q, h_q, layout.cache_format(cache), q.device, batch_invariant, fp8_mma)
+    tiles = None if max_seq_len is None else batch_tiles(b, max_seq_len)
+    plan = decode_plan(s_q, h_q, layout.cache_format(cache), q.device, batch_invariant, fp8_mma, tiles=tiles)
     schedule = None
     if program_begin is not None and items is not None and num_splits is not None:
         schedule = TileSchedule(program_begin, items, num_splits)

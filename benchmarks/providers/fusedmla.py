@@ -37,7 +37,11 @@ class FusedMLA(Provider):
 
     def plan_for(self, x: Inputs) -> "DecodePlan":
         """The kernel and launch shape for a case: what a server would get."""
-        return self._plan.decode_plan(x.case.s_q, x.case.h_q, x.dtype, x.q.device)
+        return self._decode_plan(x)
+
+    def _decode_plan(self, x: Inputs, fp8_mma: bool = False) -> "DecodePlan":
+        tiles = self._plan.batch_tiles(x.case.b, max(x.case.seq_lens()))
+        return self._plan.decode_plan(x.case.s_q, x.case.h_q, x.dtype, x.q.device, fp8_mma=fp8_mma, tiles=tiles)
 
     def prepare(self, x: Inputs) -> Prepared:
         case, device = x.case, x.q.device
@@ -104,7 +108,7 @@ class FusedMLAFp8Mma(FusedMLA):
     strict = False  # held to what FlashMLA is held to
 
     def plan_for(self, x: Inputs) -> "DecodePlan":
-        plan = self._plan.decode_plan(x.case.s_q, x.case.h_q, x.dtype, x.q.device, fp8_mma=True)
+        plan = self._decode_plan(x, fp8_mma=True)
         if plan == super().plan_for(x):
             raise Unsupported("the same kernel as fusedmla's")
         return plan

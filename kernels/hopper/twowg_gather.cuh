@@ -24,9 +24,13 @@ class Gatherer {
 
     // A row for each of the first 16 lanes. The next tile's entries are on their way meanwhile.
     __device__ void gather_item(const Item& item) {
-        const Ring<kQuarterSlots> slots = quarters_;
-        pass_query_slots(quarters_);
-        loader_.begin(item.request, slots);
+        if constexpr (kMultipliersLoad) {
+            if (warp() == 0) prefetch_query<kRows, kWarp>(p_, item.request, block_x_anew() * kRows, lane());
+        } else {
+            const Ring<kQuarterSlots> slots = quarters_;
+            pass_query_slots(quarters_);
+            loader_.begin(item.request, slots);
+        }
         int entry = entry_of(item, item.tile_begin);
 #pragma unroll 1
         for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
@@ -36,9 +40,9 @@ class Gatherer {
                 copy_rows(from);
             else
                 copy_pieces(from);
-            if (tile == item.tile_begin) loader_.finish(item.request);
+            if (!kMultipliersLoad && tile == item.tile_begin) loader_.finish(item.request);
         }
-        if (item.tile_begin == item.tile_end) loader_.finish(item.request);
+        if (!kMultipliersLoad && item.tile_begin == item.tile_end) loader_.finish(item.request);
     }
 
     __device__ int entry_of(const Item& item, int tile) const {

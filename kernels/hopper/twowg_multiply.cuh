@@ -3,6 +3,7 @@
 #pragma once
 
 #include "merge.cuh"
+#include "query_8bit.cuh"
 #include "twowg_tasks.cuh"
 #include "twowg_values.cuh"
 
@@ -55,6 +56,7 @@ class Multiplier : Values<T> {
             feed_tasks();
             if (!ready) {
                 if (Tasks::wait() != Step::kAttend) break;
+                if constexpr (kMultipliersLoad) load_query();
                 if (Feeder::is_at_first()) {  // all others are busy with it now: time to work out more
                     ready = true;
                     continue;
@@ -67,6 +69,15 @@ class Multiplier : Values<T> {
     }
 
   private:
+    // Where who gathers has no registers for it. The scorer has done with the last one.
+    __device__ void load_query() const {
+        load_query_8bit<kRows, kScaled>(p_, shared_memory + kQueryAt, Shared::row_scales(), p_.scale_log2 * k_scale_of(p_),
+                                        Tasks::item().request, row0(), multiplier_thread() / kWarp);
+        fence_proxy_async();
+        __syncwarp();
+        warp_arrive(Shared::query_full());
+    }
+
     __device__ void attend() {
 #pragma unroll
         for (int i = 0; i < 128; ++i) o_[i / kPart][i % kPart] = 0.f;

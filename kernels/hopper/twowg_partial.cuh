@@ -12,7 +12,7 @@
 #include "twowg_plan.cuh"
 
 #ifndef FUSEDMLA_MOST_JOINED  // pieces
-#define FUSEDMLA_MOST_JOINED 3
+#define FUSEDMLA_MOST_JOINED 2
 #endif
 constexpr int kMostJoined = kGather || kScaled ? 1 : FUSEDMLA_MOST_JOINED;  // they have no registers for it
 

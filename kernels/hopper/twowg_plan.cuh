@@ -28,13 +28,13 @@
 #define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : kGather ? 2 : 3)
 #endif
 #ifndef FUSEDMLA_SCORER_REGISTERS  // with the copier's and twice the multipliers' 512
-#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? (kGather ? 136 : 128) : kWidens ? 112 : kGather ? 128 : 160)
+#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? 128 : kWidens ? 112 : kGather ? 128 : 160)
 #endif
 #ifndef FUSEDMLA_MULTIPLIER_REGISTERS
 #define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kScaled ? 176 : kWidens ? 184 : kGather ? 168 : 160)
 #endif
 #ifndef FUSEDMLA_COPIER_REGISTERS
-#define FUSEDMLA_COPIER_REGISTERS (!kGather ? 32 : kScaled ? 24 : 40)
+#define FUSEDMLA_COPIER_REGISTERS (kGather && !kScaled ? 40 : 32)
 #endif
 
 // What the cache has and tensor cores multiply: 16-bit floats; e4m3 as it is; e4m3 widened to fp16 in registers, with one
@@ -53,6 +53,7 @@ constexpr bool kGather = FUSEDMLA_GATHER;  // the keys of a request are listed
 constexpr int kCopiers = kGather ? 4 : 1;  // warps
 constexpr bool kTurned = kE4m3 || kWidens;  // O^T += V^T P^T: V is the operand that comes from registers
 static_assert(!kGather || kScaled || !kTurned);
+constexpr bool kMultipliersLoad = kGather && kScaled;  // the query, and nobody else
 constexpr int kLoaders = kGather ? 4 : 3;  // warps that bring the query: who gathers, or has nothing else to do
 constexpr bool kFencesAfterCopies = kGather && !kScaled;  // they are not the asynchronous proxy's: see Gatherer
 constexpr int kCacheBytes = kTurned ? 1 : 2, kOperandBytes = kE4m3 ? 1 : 2;
@@ -227,7 +228,7 @@ struct Shared {
             mbarrier_init(task_empty(i), kScorerWarps + kMultiplierWarps + kCopiers + (kGather ? 0 : kLoaders));
         }
         if (warp == kTaskSlots) {
-            mbarrier_init(query_full(), kGather ? kLoaders * kWarp : kLoaders);
+            mbarrier_init(query_full(), kMultipliersLoad ? kMultiplierWarps : kGather ? kLoaders * kWarp : kLoaders);
             mbarrier_init(query_empty(), kScorerWarps);
             mbarrier_init(query_may_come(), 1);
         }

@@ -134,7 +134,7 @@ class RowLoader {
             warp_arrive(Shared::query_full());
             const int spans = (item.tile_end - item.tile_begin + 1) / 2;
             quarters_.advance((kQuerySlots + 4 * spans) % (2 * kQuarterSlots));
-            rope_.advance((1 + spans) % (2 * kRopeSlots));
+            rope_.advance((1 + spans) % (kRopeSlots > 0 ? 2 * kRopeSlots : 1));
         }
     }
 

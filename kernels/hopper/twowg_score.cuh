@@ -173,7 +173,12 @@ class Scorer {
             if (threadIdx.x % 4 == 0) store_log_sum(p_, item, first_row() + 8 * half, log_sum);
         }
         send_factors(norm);
-        if (!joined) return;
+        if constexpr (kMostJoined > 1)
+            if (joined) send_others(item, others);
+    }
+
+    // The factors of the other pieces' results, and at last those of the sum.
+    __device__ void send_others(const Item& item, const float (&others)[2][kMostJoined]) {
 #pragma unroll
         for (int piece = 1; piece < kMostJoined; ++piece) {
             if (piece == item.pieces) break;

@@ -24,7 +24,7 @@ class TurnedScorer : TurnedProduct {
   private:
     __device__ void attend() {
         mbarrier_wait(Shared::query_full(), queries_++ & 1);
-        widen_query(p_);
+        if (!kMultipliersLoad) widen_query(p_);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) total_[c] = 0.f;
         if (thread_anew() < kRows) Shared::references()[thread_anew()] = 0.f;

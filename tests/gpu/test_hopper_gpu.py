@@ -6,10 +6,12 @@ import random
 import forced
 import pytest
 import torch
-from problems import make_problem, random_lengths
+from problems import assert_matches, make_problem, random_lengths
 
 from vllm_fusedmla import ops
 from vllm_fusedmla.kernels import dense_decode, hopper, plan
+from vllm_fusedmla.kernels.common import device_facts
+from vllm_fusedmla.kernels.select import few_rows
 
 ON_HOPPER = [name for name in forced.KERNELS if name not in forced.PORTABLE]
 ONE_OF_EACH = [
@@ -226,6 +228,23 @@ def test_capture_allocates_no_counters():
     assert same(result, want)
 
 
+@pytest.mark.parametrize("cache_format", forced.FORMATS)
+def test_small_batches_of_many_rows(cache_format):
+    """Blocks of the swap-AB kernel, which read the cache once each, where the longest request is known."""
+    for length in (1, 64, 700, 3000, 9000):
+        h_q, s_q = random.choice([(40, 1), (64, 1), (96, 2), (128, 1), (16, 4), (20, 3), (128, 8)])
+        lengths = [length, *random_lengths(random.choice([0, 1, 3]), length)]
+        problem = make_problem(lengths, h_q=h_q, s_q=s_q, cache_format=cache_format, device="cuda")
+        tiles, device = plan.batch_tiles(len(lengths), length), problem.q.device
+        made = plan.decode_plan(s_q, h_q, cache_format, device, tiles=tiles)
+        few = few_rows(s_q * h_q, cache_format, tiles, device_facts(device)[1])
+        assert made.config.kernel.startswith("twowg" if few is None else "swapab")
+        out, lse = dense_decode.mla_decode(*problem.arguments(), k_scale=problem.k_scale, plan=made)
+        assert_matches(problem, out, lse)
+        via_op = ops.mla_decode(*problem.arguments(), k_scale=problem.k_scale, max_seq_len=length)
+        assert torch.equal(via_op[0], out) and torch.equal(via_op[1], lse)
+
+
 def test_fp8_mma_is_asked_for():
     """The public function takes the kernel that rounds only on request."""
     problem = make_problem([900, 0, 77], h_q=64, cache_format="fp8", device="cuda", spread=1.0)
@@ -254,7 +273,7 @@ def test_a_cubin_that_the_driver_refuses_leaves_the_portable_kernel(monkeypatch,
     monkeypatch.setattr(hopper, "_refused", [])
     problem = make_problem([0, 70, 900], h_q=16, device="cuda")
     launch._kernel.cache_clear()
-    plan.decode_plan.cache_clear()
+    plan._decode_plan.cache_clear()
     try:
         for _ in range(2):
             forced.assert_right("portable", problem, *ops.mla_decode(*problem.arguments()))
@@ -262,7 +281,7 @@ def test_a_cubin_that_the_driver_refuses_leaves_the_portable_kernel(monkeypatch,
         assert len([r for r in caplog.records if "could not be loaded" in r.getMessage()]) == 1
     finally:
         launch._kernel.cache_clear()
-        plan.decode_plan.cache_clear()
+        plan._decode_plan.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
