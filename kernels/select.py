@@ -175,8 +175,17 @@ def select_portable(arch: tuple[int, int], rows: int, cache_format: str) -> Deco
     raise ValueError(f"no dense decode kernel for compute capability {arch[0]}.{arch[1]} and {rows} query rows")
 
 
+_PORTABLE_PREFILL = range(9, 17)
+"""Heads with which prefill on a 16-bit cache is faster in the portable kernel, whose tiles have no rows to spare then."""
+
+
 def select_sparse(
-    arch: tuple[int, int], h_q: int, cache_format: str, hopper: bool = False, tokens: int | None = None
+    arch: tuple[int, int],
+    h_q: int,
+    cache_format: str,
+    hopper: bool = False,
+    tokens: int | None = None,
+    prefill: bool = False,
 ) -> DecodeConfig:
     """Choose the sparse attention kernel.
 
@@ -184,12 +193,15 @@ def select_sparse(
         arch, cache_format, hopper: as of `select_decode`, whose `rows` is ``h_q`` here.
         h_q: query heads.
         tokens: query tokens of a launch, where the choice may depend on it.
+        prefill: whether the kernel is for prefill.
 
     Raises:
         ValueError: no kernel serves this call; the message says why.
     """
     if cache_format not in _SIXTEEN_BIT + _FP8 + _DS_MLA:
         raise ValueError(f"sparse attention on a GPU reads bf16, fp16, fp8 and fp8_ds_mla caches, not {cache_format}")
+    if prefill and cache_format in _SIXTEEN_BIT and h_q in _PORTABLE_PREFILL:
+        hopper = False
     if hopper and arch == (9, 0):
         for formats, most_heads, (kernel, block_h), few_blocks in _HOPPER_SPARSE_TABLE:
             if cache_format in formats and h_q <= most_heads:

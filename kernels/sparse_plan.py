@@ -137,7 +137,7 @@ def _sparse_plan(
     arch, num_sms = device_facts(device)
     max_splits = 1 if prefill else _INVARIANT_PIECES
     compiled = device.type == "cuda" and not portable and hopper.available()
-    config = select_sparse(arch, h_q, cache_format, compiled, tokens)
+    config = select_sparse(arch, h_q, cache_format, compiled, tokens, prefill)
     if config.kernel in HOPPER_KERNELS and not hopper.loads(config, cache_format, h_q, device):
         config = select_sparse(arch, h_q, cache_format)
     return make_sparse_plan(config, h_q, num_sms, batch_invariant, max_splits)

@@ -33,6 +33,13 @@ def test_few_tokens_are_taken_in_blocks_of_16_heads(h_q, cache_format, most, oth
     assert chosen(h_q, cache_format, None) == otherwise
 
 
+def test_prefill_of_some_heads_is_the_portable_kernels():
+    for cache_format in FORMATS:
+        for h_q in (8, 9, 12, 16, 17, 128):
+            config = select.select_sparse(HOPPER, h_q, cache_format, True, prefill=True)
+            assert (config.kernel == "triton") == (cache_format != "fp8_ds_mla" and 9 <= h_q <= 16)
+
+
 def test_the_choice_depends_on_no_more_than_few_tokens():
     for cache_format in FORMATS:
         for h_q in range(1, select.MAX_H_Q + 1):

@@ -26,7 +26,7 @@ class QueryLoader {
             const Item& item = Tasks::item();
             if (kQueryQuarters > 0) mbarrier_wait(Shared::query_may_come(), queries_ & 1);
             look_up(item.request);
-            copy<true>(ring);
+            if (kQueryQuarters > 0 || queries_ > 0) copy<true>(ring);  // the first one is not to be prefetched
             commit_async_copies();
             wait_until_scorer_has_done();
             copy<false>(ring);

@@ -60,7 +60,7 @@ class QueryWidener {
             most_rope = max(most_rope, __shfl_xor_sync(~0u, most_rope, 2));
         }
         int rope_exponent = 0;
-#pragma unroll 4
+#pragma unroll 2  // code that is fetched for the first time takes longer than it runs
         for (int i = 0; i < kTogether; ++i) {
             Pair pair = {unit(first + i, 2 * lane + swapped), unit(first + i, 2 * lane + !swapped)};
             const uint32_t most = max(__reduce_max_sync(~0u, pair.most()), __shfl_sync(~0u, most_rope, i * 4));
