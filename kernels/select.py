@@ -176,7 +176,7 @@ def select_portable(arch: tuple[int, int], rows: int, cache_format: str) -> Deco
 
 
 _PORTABLE_PREFILL = range(9, 17)
-"""Heads with which prefill on a 16-bit cache is faster in the portable kernel, whose tiles have no rows to spare then."""
+"""Heads with which prefill on a 16-bit cache is faster in the portable kernel, whose tiles have no idle rows then."""
 
 
 def select_sparse(
