@@ -70,7 +70,7 @@ def decode_plan(
     """
     few = None
     if tiles is not None and not batch_invariant:
-        few = few_rows(s_q * h_q, cache_format, tiles, device_facts(device)[1])
+        few = few_rows(s_q * h_q, cache_format, tiles, device_facts(device)[1], fp8_mma)
     return _decode_plan(s_q, h_q, cache_format, device, batch_invariant, fp8_mma, portable, few)
 
 

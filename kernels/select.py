@@ -92,12 +92,12 @@ _HOPPER_SPARSE_TABLE = (
 """The last column: up to so many, the swap-AB kernel with blocks of 16 heads is faster. Each gathers a list again, but
 more of the GPU takes part. Measured with 64 heads and 1 to 8 tokens, with 32 and 128 heads and one token."""
 _FEW_TILES_TABLE = (
-    # caches | query rows of a block | most tiles of all blocks together for each multiprocessor
-    (_SIXTEEN_BIT, 16, 5),
-    (_SIXTEEN_BIT, 32, 7),
-    (_FP8, 16, 10),
-    (_FP8, 32, 18),
-    (_DS_MLA, 16, 22),
+    # caches | query rows of a block | most tiles of all blocks together for each multiprocessor; the same beside e4m3
+    (_SIXTEEN_BIT, 16, 5, 5),
+    (_SIXTEEN_BIT, 32, 7, 7),
+    (_FP8, 16, 10, 10),
+    (_FP8, 32, 18, 11),
+    (_DS_MLA, 16, 22, 22),
 )
 """Where batches of more than 32 rows a request are so small that the swap-AB kernel is faster than the 64-row one,
 though each of its blocks reads the cache again. The first row that fits wins."""
@@ -112,18 +112,18 @@ LARGEST_TILE = max(HOPPER_TILE, *(values[1] for *_, values in _TABLE))
 """Tokens of the largest KV tile: pages of a multiple of it hold whole tiles of every kernel."""
 
 
-def few_rows(rows: int, cache_format: str, tiles: int, num_sms: int) -> int | None:
+def few_rows(rows: int, cache_format: str, tiles: int, num_sms: int, fp8_mma: bool = False) -> int | None:
     """Query rows of a block of the swap-AB kernel where it serves a small batch better than the 64-row kernel, or None.
 
     Args:
-        rows, cache_format: as of `select_decode`.
+        rows, cache_format, fp8_mma: as of `select_decode`.
         tiles: most KV tiles of the batch, of 64 tokens.
         num_sms: multiprocessors of the GPU.
     """
     if rows <= _MOST_SWAPAB_ROWS:
         return None
-    for caches, block, most in _FEW_TILES_TABLE:
-        if cache_format in caches and tiles * -(-rows // block) <= most * num_sms:
+    for caches, block, *most in _FEW_TILES_TABLE:
+        if cache_format in caches and tiles * -(-rows // block) <= most[fp8_mma] * num_sms:
             return block
     return None
 

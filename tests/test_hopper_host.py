@@ -65,6 +65,8 @@ def test_small_batches_of_many_rows_get_blocks_of_the_swapab_kernel(cache_format
             assert hopper.variant_of(config, cache_format, rows) in VARIANTS
             made = plan.make_plan(config, rows, SMS, False)
             assert hopper.row_blocks(config, rows) * made.params.num_programs <= SMS
+        rounded = [select.few_rows(rows, cache_format, tiles, SMS, fp8_mma=True) for tiles in range(2000)]
+        assert (rounded == blocks) == (cache_format != "fp8" or rows <= 32), "e4m3 is worth it earlier"
 
 
 def test_plans_follow_the_tiles_that_a_batch_may_have(monkeypatch):
