@@ -10,7 +10,7 @@ from . import hopper
 from .common import device_facts
 from .layout import D_V
 from .schedule import ScheduleParams
-from .select import HOPPER_KERNELS, HOPPER_TILE, DecodeConfig, few_rows, select_decode, select_portable
+from .select import HOPPER_KERNELS, HOPPER_TILE, DecodeConfig, few_blocks, few_rows, select_decode, select_portable
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,21 @@ def decode_plan(
     if tiles is not None and not batch_invariant:
         few = few_rows(s_q * h_q, cache_format, tiles, device_facts(device)[1], fp8_mma)
     return _decode_plan(s_q, h_q, cache_format, device, batch_invariant, fp8_mma, portable, few)
+
+
+def decode_plans(
+    s_q: int,
+    h_q: int,
+    cache_format: str,
+    device: torch.device,
+    batch_invariant: bool = False,
+    fp8_mma: bool = False,
+    portable: bool = False,
+) -> set[DecodePlan]:
+    """Every plan that `decode_plan` gives for some number of tiles."""
+    blocks = () if batch_invariant else few_blocks(s_q * h_q, cache_format)
+    shape = s_q, h_q, cache_format, device, batch_invariant, fp8_mma, portable
+    return {_decode_plan(*shape, few) for few in (None, *blocks)}
 
 
 def batch_tiles(b: int, max_seq_len: int) -> int:

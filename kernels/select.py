@@ -112,6 +112,13 @@ LARGEST_TILE = max(HOPPER_TILE, *(values[1] for *_, values in _TABLE))
 """Tokens of the largest KV tile: pages of a multiple of it hold whole tiles of every kernel."""
 
 
+def few_blocks(rows: int, cache_format: str) -> tuple[int, ...]:
+    """All that `few_rows` may answer but None."""
+    if rows <= _MOST_SWAPAB_ROWS:
+        return ()
+    return tuple(block for caches, block, *_ in _FEW_TILES_TABLE if cache_format in caches)
+
+
 def few_rows(rows: int, cache_format: str, tiles: int, num_sms: int, fp8_mma: bool = False) -> int | None:
     """Query rows of a block of the swap-AB kernel where it serves a small batch better than the 64-row kernel, or None.
 

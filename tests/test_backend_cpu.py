@@ -223,7 +223,7 @@ def test_kernels_that_schedule_themselves_get_no_schedule(
 
 def test_environment_reaches_the_plan(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(limits, "decode_plan", lambda *call: asked.append(call[-3:-1]))
+    monkeypatch.setattr(limits, "decode_plan", lambda *call, tiles: asked.append(call[-2:]))
     for kernel, fp8_mma in (("auto", "0"), ("portable", "0"), ("auto", "1")):
         monkeypatch.setenv("VLLM_FUSEDMLA_KERNEL", kernel)
         monkeypatch.setenv("VLLM_FUSEDMLA_FP8_MMA", fp8_mma)

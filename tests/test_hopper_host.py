@@ -82,6 +82,9 @@ def test_plans_follow_the_tiles_that_a_batch_may_have(monkeypatch):
     assert kernel(tiles=100) == kernel(tiles=100, fp8_mma=True) == "swapab"
     assert kernel() == kernel(tiles=100000) == kernel(tiles=100, batch_invariant=True) == "twowg"
     assert plan.decode_plan(1, 16, "fp8", gpu) is plan.decode_plan(1, 16, "fp8", gpu, tiles=7)
+    for h_q, options in ((16, {}), (128, {}), (128, {"fp8_mma": True}), (128, {"batch_invariant": True})):
+        some = {plan.decode_plan(1, h_q, "fp8", gpu, tiles=tiles, **options) for tiles in (None, *range(1000))}
+        assert plan.decode_plans(1, h_q, "fp8", gpu, **options) == some
 
 
 def test_every_kernel_serves_some_shape():

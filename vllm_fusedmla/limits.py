@@ -10,7 +10,7 @@ import torch
 
 from . import compat, envs
 from .kernels import layout
-from .kernels.plan import DecodePlan, batch_tiles, decode_plan
+from .kernels.plan import DecodePlan, decode_plan, decode_plans
 from .kernels.select import FEW_TOKENS
 from .kernels.sparse_plan import SparsePlan, sparse_plan
 
@@ -71,9 +71,16 @@ class DecodeLimits:
 
     def plan(self, s_q: int, device: torch.device, tiles: int | None = None) -> DecodePlan:
         """The launch plan for `s_q` tokens a request and, if given, that many KV tiles; equal for equal arguments."""
-        plan = decode_plan(
-            s_q, self.heads, self.cache_format, device, self.batch_invariant, self.fp8_mma, self.portable, tiles
-        )
+        return self._fitted(decode_plan(*self._shape(s_q, device), tiles=tiles), s_q)
+
+    def plans(self, s_q: int, device: torch.device) -> set[DecodePlan]:
+        """Every plan for `s_q` tokens a request."""
+        return {self._fitted(plan, s_q) for plan in decode_plans(*self._shape(s_q, device))}
+
+    def _shape(self, s_q: int, device: torch.device) -> tuple[Any, ...]:
+        return s_q, self.heads, self.cache_format, device, self.batch_invariant, self.fp8_mma, self.portable
+
+    def _fitted(self, plan: DecodePlan, s_q: int) -> DecodePlan:
         if not self.batch_invariant:
             return plan
         # Splits may depend on the engine's limits, never on the batch; this many always fit the scratch memory.
@@ -83,15 +90,10 @@ class DecodeLimits:
 
     def reserve_workspace(self, device: torch.device) -> None:
         """Grow vLLM's scratch memory to what any step may need, so that it is in place before profiling and capture."""
-        plans = [(plan, s_q) for s_q in range(1, self.query_len + 1) for plan in self._plans(s_q, device)]
+        plans = [(plan, s_q) for s_q in range(1, self.query_len + 1) for plan in self.plans(s_q, device)]
         shapes = [plan.workspace_shapes(self.requests, s_q, self.heads) for plan, s_q in plans]
         largest = max(shapes, key=lambda pair: pair[0][0] * pair[0][1])
         compat.shared_workspace([(shape, torch.float32) for shape in largest])
-
-    def _plans(self, s_q: int, device: torch.device) -> set[DecodePlan]:
-        """All that steps of `s_q` tokens a request may get."""
-        most = batch_tiles(self.requests, self.max_seq_len)
-        return {self.plan(s_q, device, tiles) for tiles in (None, *(1 << i for i in range(most.bit_length())))}
 
     def warm_up(self, page_size: int, device: torch.device) -> None:
         """Compile or load the kernels for every number of tokens a request, on requests without keys.
@@ -110,7 +112,7 @@ class DecodeLimits:
                 q = torch.zeros(b, s_q, self.heads, layout.D_QK, dtype=self.dtype, device=device)
                 table = torch.zeros(b, table_width, dtype=torch.int32, device=device)
                 lens, scale = torch.zeros(b, dtype=torch.int32, device=device), torch.ones((), device=device)
-                for plan in self._plans(s_q, device):
+                for plan in self.plans(s_q, device):
                     mla_decode(q, cache, table, lens, k_scale=scale, plan=plan)
 
 
