@@ -77,7 +77,7 @@ class DecodeLimits:
         """Every plan for `s_q` tokens a request."""
         return {self._fitted(plan, s_q) for plan in decode_plans(*self._shape(s_q, device))}
 
-    def _shape(self, s_q: int, device: torch.device) -> tuple[Any, ...]:
+    def _shape(self, s_q: int, device: torch.device) -> tuple[int, int, str, torch.device, bool, bool, bool]:
         return s_q, self.heads, self.cache_format, device, self.batch_invariant, self.fp8_mma, self.portable
 
     def _fitted(self, plan: DecodePlan, s_q: int) -> DecodePlan:
