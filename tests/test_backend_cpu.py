@@ -26,7 +26,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.worker import workspace  # noqa: E402
 
 from vllm_fusedmla import backend, cache_update, compat, envs, limits, metadata  # noqa: E402
-from vllm_fusedmla.kernels import hopper, layout, select  # noqa: E402
+from vllm_fusedmla.kernels import hopper, layout, plan, select  # noqa: E402
 from vllm_fusedmla.kernels.plan import make_plan  # noqa: E402
 from vllm_fusedmla.kernels.select import MAX_S_Q  # noqa: E402
 
@@ -329,6 +329,19 @@ def test_batch_invariant_scratch_memory_is_bounded() -> None:
     assert 4 * (math.prod(out) + math.prod(lse)) <= 1 << 30
     small = limits.DecodeLimits(16, 1, 4096, 16, torch.bfloat16, "bf16", True).plan(1, torch.device("cpu"))
     assert small.params.max_splits > 1 and small.params.batch_invariant
+
+
+def test_every_kernel_of_a_step_is_known_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "device_facts", lambda device: ((9, 0), 132))
+    monkeypatch.setattr(hopper, "available", lambda: True)
+    monkeypatch.setattr(hopper, "loads", lambda *call: True)
+    gpu = torch.device("cuda", 0)
+    largest = limits.DecodeLimits(64, 2, 9000, 128, torch.bfloat16, "bf16", False)
+    known = largest.plans(1, gpu)
+    assert {made.config.kernel for made in known} == {"swapab", "twowg"}
+    assert {largest.plan(1, gpu, tiles) for tiles in range(9000)} == known
+    same = limits.DecodeLimits(64, 2, 9000, 128, torch.bfloat16, "bf16", True)
+    assert len(same.plans(1, gpu)) == 1 and same.plan(1, gpu, 1) in same.plans(1, gpu)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_ds_mla"])

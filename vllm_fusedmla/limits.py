@@ -203,7 +203,9 @@ class SparseLimits:
             q = torch.zeros(b, s_q, self.heads, layout.D_QK, dtype=self.dtype, device=device)
             indices = torch.full((b, s_q, self.topk), -1, dtype=torch.int32, device=device)
             table = torch.zeros(b, table_width, dtype=torch.int32, device=device) if by_position else None
-            mla_sparse_decode(q, cache, indices, block_table=table, plan=self.plan(device, tokens=b * s_q))
+            for prefill in {False, not by_position}:  # prompts' keys are slots
+                plan = self.plan(device, prefill, tokens=b * s_q)
+                mla_sparse_decode(q, cache, indices, block_table=table, plan=plan)
 
 
 def decode_threshold() -> int:
