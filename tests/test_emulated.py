@@ -104,6 +104,12 @@ def test_many_pieces_of_a_request(name, emulator):
     forced.assert_right(name, problem, *attend(emulator, name, problem, programs=6))
 
 
+def test_many_blocks_of_rows(emulator):
+    """As small batches of many rows are decoded."""
+    problem = make_problem([300, 0, 65], h_q=random.randint(65, 80), cache_format="fp8", page_size=64)
+    forced.assert_right("swapab_fp8_n16", problem, *attend(emulator, "swapab_fp8_n16", problem, programs=2))
+
+
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_twice(name, emulator):
     cache_format, kernel, heads = SPARSE[name]
