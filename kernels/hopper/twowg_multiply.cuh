@@ -69,7 +69,7 @@ class Multiplier : Values<T> {
     }
 
   private:
-    // Where who gathers has no registers for it. The scorer has done with the last one.
+    // The scorer has done with the last one.
     __device__ void load_query() const {
         load_query_8bit<kRows, kScaled>(p_, shared_memory + kQueryAt, Shared::row_scales(), p_.scale_log2 * k_scale_of(p_),
                                         Tasks::item().request, row0(), multiplier_thread() / kWarp);

@@ -53,7 +53,7 @@ constexpr bool kGather = FUSEDMLA_GATHER;  // the keys of a request are listed
 constexpr int kCopiers = kGather ? 4 : 1;  // warps
 constexpr bool kTurned = kE4m3 || kWidens;  // O^T += V^T P^T: V is the operand that comes from registers
 static_assert(!kGather || kScaled || !kTurned);
-constexpr bool kMultipliersLoad = kGather && kScaled;  // the query, and nobody else
+constexpr bool kMultipliersLoad = kGather && kScaled;  // the query: who gathers has no registers for it
 constexpr int kLoaders = kGather ? 4 : 3;  // warps that bring the query: who gathers, or has nothing else to do
 constexpr bool kFencesAfterCopies = kGather && !kScaled;  // they are not the asynchronous proxy's: see Gatherer
 constexpr int kCacheBytes = kTurned ? 1 : 2, kOperandBytes = kE4m3 ? 1 : 2;
