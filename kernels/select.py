@@ -70,12 +70,13 @@ _SPARSE_TABLE = (
     ((8, 0), (99, 9), _SIXTEEN_BIT, MAX_H_Q, (16, 32, 4, 2, 1, 1, 2), 8),
     ((8, 0), (99, 9), _FP8 + _DS_MLA, MAX_H_Q, (16, 32, 4, 2, 2, 1, 2), 4),
 )
-_MOST_SWAPAB_ROWS = 32
 HOPPER_KERNELS = ("swapab", "twowg", "twowg_e4m3", "twowg_rows", "twowg_gather", "swapab_gather")
 """Names of the CUDA kernels in hopper/."""
+_BLOCKS = 8, 16, 24, 32
+"""Query rows that a block of the swap-AB kernel may hold."""
 _HOPPER_TABLE = (
     # caches | most rows | kernel, query rows of a block
-    *((_SIXTEEN_BIT + _FP8, rows, ("swapab", rows)) for rows in (8, 16, 24, 32)),
+    *((_SIXTEEN_BIT + _FP8, rows, ("swapab", rows)) for rows in _BLOCKS),
     *((_DS_MLA, rows, ("swapab", block)) for rows, block in ((8, 8), (16, 16), (24, 24), (32, 16))),
     (_SIXTEEN_BIT + _FP8, _ANY_ROWS, ("twowg", 64)),
     (_DS_MLA, _ANY_ROWS, ("twowg_rows", 64)),
@@ -104,6 +105,8 @@ though each of its blocks reads the cache again. The first row that fits wins.""
 _FIXED_TILES = 3, 5
 """What an item of a Hopper kernel costs beside its tiles, in tiles of 16-bit caches and of 8-bit ones: by the times of
 ragged batches."""
+_PORTABLE_PREFILL = range(9, 17)
+"""Heads with which prefill on a 16-bit cache is faster in the portable kernel, whose tiles have no idle rows then."""
 _FEW_HEADS = 16
 FEW_TOKENS = 8
 """Most query tokens on which the choice of a sparse kernel may depend."""
@@ -112,11 +115,15 @@ LARGEST_TILE = max(HOPPER_TILE, *(values[1] for *_, values in _TABLE))
 """Tokens of the largest KV tile: pages of a multiple of it hold whole tiles of every kernel."""
 
 
+def _few_limits(rows: int, cache_format: str) -> list[tuple[int, list[int]]]:
+    """Blocks and most tiles of `_FEW_TILES_TABLE` that concern a call; none where one block holds its rows anyway."""
+    fitting = [(block, most) for caches, block, *most in _FEW_TILES_TABLE if cache_format in caches]
+    return fitting if rows > _BLOCKS[-1] else []
+
+
 def few_blocks(rows: int, cache_format: str) -> tuple[int, ...]:
     """All that `few_rows` may answer but None."""
-    if rows <= _MOST_SWAPAB_ROWS:
-        return ()
-    return tuple(block for caches, block, *_ in _FEW_TILES_TABLE if cache_format in caches)
+    return tuple(block for block, _ in _few_limits(rows, cache_format))
 
 
 def few_rows(rows: int, cache_format: str, tiles: int, num_sms: int, fp8_mma: bool = False) -> int | None:
@@ -127,10 +134,8 @@ def few_rows(rows: int, cache_format: str, tiles: int, num_sms: int, fp8_mma: bo
         tiles: most KV tiles of the batch, of 64 tokens.
         num_sms: multiprocessors of the GPU.
     """
-    if rows <= _MOST_SWAPAB_ROWS:
-        return None
-    for caches, block, *most in _FEW_TILES_TABLE:
-        if cache_format in caches and tiles * -(-rows // block) <= most[fp8_mma] * num_sms:
+    for block, most in _few_limits(rows, cache_format):
+        if tiles * -(-rows // block) <= most[fp8_mma] * num_sms:
             return block
     return None
 
@@ -182,10 +187,6 @@ def select_portable(arch: tuple[int, int], rows: int, cache_format: str) -> Deco
     raise ValueError(f"no dense decode kernel for compute capability {arch[0]}.{arch[1]} and {rows} query rows")
 
 
-_PORTABLE_PREFILL = range(9, 17)
-"""Heads with which prefill on a 16-bit cache is faster in the portable kernel, whose tiles have no idle rows then."""
-
-
 def select_sparse(
     arch: tuple[int, int],
     h_q: int,
@@ -210,10 +211,10 @@ def select_sparse(
     if prefill and cache_format in _SIXTEEN_BIT and h_q in _PORTABLE_PREFILL:
         hopper = False
     if hopper and arch == (9, 0):
-        for formats, most_heads, (kernel, block_h), few_blocks in _HOPPER_SPARSE_TABLE:
+        for formats, most_heads, (kernel, block_h), most_blocks in _HOPPER_SPARSE_TABLE:
             if cache_format in formats and h_q <= most_heads:
                 blocks = (tokens or 0) * -(-h_q // _FEW_HEADS)
-                if tokens is not None and tokens <= FEW_TOKENS and blocks <= few_blocks:
+                if tokens is not None and tokens <= FEW_TOKENS and blocks <= most_blocks:
                     kernel, block_h = "swapab_gather", _FEW_HEADS
                 reason = f"compute capability 9.0, {h_q} query heads, {cache_format} cache"
                 return DecodeConfig(kernel, block_h, HOPPER_TILE, _HOPPER_WARPS, 0, 1, 1, 1, reason)

@@ -36,7 +36,7 @@ class FusedMLA(Provider):
         return f"vllm_fusedmla {vllm_fusedmla.__version__}"
 
     def plan_for(self, x: Inputs) -> "DecodePlan":
-        """The kernel and launch shape for a case: what a server would get."""
+        """The kernel and launch shape for a case: what a server gets that knows how long its longest request is."""
         return self._decode_plan(x)
 
     def _decode_plan(self, x: Inputs, fp8_mma: bool = False) -> "DecodePlan":

@@ -79,8 +79,8 @@ __device__ inline void for_query_rows(const Params& p, int request, int row0, in
     }
 }
 
-// Into fp16 by a power of two a row. `row_scale`
-// receives what undoes it, times scale_log2: what scores are to be multiplied by. The rope part of an fp8_ds_mla cache is bfloat16: so is the query's.
+// Into fp16 by a power of two a row. `row_scale` receives what undoes it, times scale_log2: what scores are to be
+// multiplied by. The rope part of an fp8_ds_mla cache is bfloat16: so is the query's.
 template <int N, bool ROPE_IS_BF16>
 __device__ inline void load_query_8bit(const Params& p, uint8_t* query, float* row_scale, float scale_log2,
                                        int request, int row0, int warp) {
