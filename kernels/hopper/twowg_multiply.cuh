@@ -19,7 +19,7 @@ __device__ inline void feed_tasks() {
 }
 
 __device__ inline void merge(const Params& p, const Item& item) {
-    const int row0 = blockIdx.x * kRows, thread = multiplier_thread();
+    const int row0 = block_x_anew() * kRows, thread = multiplier_thread();
     const int rows_here = max(min(p.s_q * p.h_q - row0, kRows), 0);  // none if a cluster was filled up
     const bool to_fp16 = out_is_fp16(p);
     float* scratch = Shared::scratch();
@@ -225,7 +225,7 @@ class Multiplier : Values<T> {
     }
 
     __device__ int64_t rows() const { return p_.s_q * p_.h_q; }
-    __device__ static int row0() { return blockIdx.x * kRows; }
+    __device__ static int row0() { return block_x_anew() * kRows; }
 
     // Brings O to the next message's maxima.
     __device__ void rescale() {

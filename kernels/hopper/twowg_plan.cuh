@@ -28,10 +28,10 @@
 #define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : kGather ? 2 : 3)
 #endif
 #ifndef FUSEDMLA_SCORER_REGISTERS  // with the copier's and twice the multipliers' 512
-#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? 128 : kWidens ? 112 : kGather ? 128 : 160)
+#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kWidens ? 128 : kGather ? 128 : 160)
 #endif
 #ifndef FUSEDMLA_MULTIPLIER_REGISTERS
-#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kScaled ? 176 : kWidens ? 184 : kGather ? 168 : 160)
+#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kWidens ? 176 : kGather ? 168 : 160)
 #endif
 #ifndef FUSEDMLA_COPIER_REGISTERS
 #define FUSEDMLA_COPIER_REGISTERS (kGather && !kScaled ? 40 : 32)
@@ -115,7 +115,7 @@ constexpr int kValidSlots = 2 * (kScaled ? kQuarterSlots : kRopeSlots), kTasksAt
 constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 96;
 constexpr int kRestingAt = kFeederAt + kFeederBytes;
 constexpr int kBarriersAt = kRestingAt + kThreads / kWarp * 4;
-constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 3;
+constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 4;
 constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;
 static_assert(kSharedBytes <= 227 * 1024);
 static_assert(kFeederAt % 8 == 0 && kBarriersAt % 8 == 0);
@@ -207,6 +207,7 @@ struct Shared {
     static __device__ uint32_t rope_empty(int slot) { return rope_full(kRopeSlots + slot); }
     static __device__ uint32_t query_full() { return rope_full(2 * kRopeSlots); }
     static __device__ uint32_t query_may_come() { return rope_full(2 * kRopeSlots + 2); }
+    static __device__ uint32_t voted() { return rope_full(2 * kRopeSlots + 3); }
     static __device__ uint32_t query_empty() { return rope_full(2 * kRopeSlots + 1); }
 
     // By the first lane of every warp: an initialisation takes as long as a load, one after the other.
@@ -231,6 +232,7 @@ struct Shared {
             mbarrier_init(query_full(), kMultipliersLoad ? kMultiplierWarps : kGather ? kLoaders * kWarp : kLoaders);
             mbarrier_init(query_empty(), kScorerWarps);
             mbarrier_init(query_may_come(), 1);
+            mbarrier_init(voted(), kScorerWarps);
         }
         for (int i = warp - kTaskSlots - 1; 0 <= i && i < kMessageSlots; i += kWarps) {
             mbarrier_init(message_full(i), kScorerWarps);

@@ -40,12 +40,15 @@ class Product {
         constexpr uint32_t kBlock = kBlockBytes >> 4, kAtom = kAtomBytes >> 4;
         uint32_t query = units_of(Shared::query());  // of the part in shared memory the next block
         keep_in_order(s);
+        bool there = false;  // the next quarter, or the rope part
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
-            mbarrier_wait(Shared::quarter_full(quarters.at()), quarters.phase());
+            if (!there) mbarrier_wait(Shared::quarter_full(quarters.at()), quarters.phase());
             if (kFencesAfterCopies) fence_proxy_async();
             const uint32_t keys = units_of(Shared::quarter(quarters.at()));
             quarters.advance();
+            there = quarter < 3 ? mbarrier_test(Shared::quarter_full(quarters.at()), quarters.phase())
+                                : mbarrier_test(Shared::rope_full(rope.at()), rope.phase());
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < 8; ++step) {  // 16 columns are 32 bytes, 2 units
@@ -58,7 +61,7 @@ class Product {
             }
             if (quarter >= kQueryQuarters) query += 2 * kBlock;
         }
-        mbarrier_wait(Shared::rope_full(rope.at()), rope.phase());
+        if (!there) mbarrier_wait(Shared::rope_full(rope.at()), rope.phase());
         if (kFencesAfterCopies) fence_proxy_async();
         wgmma_fence();
 #pragma unroll

@@ -27,22 +27,30 @@ class Scorer {
         int left = Tasks::item().seq_len - Tasks::item().tile_begin * kTile;  // tokens of the request
         const int after = max(Tasks::item().seq_len - Tasks::item().tile_end * kTile, 0);  // that are not of the item
         for (; left > after; left -= kSpan) {
+            const bool cut = is_cut(left - after, left);
             float s[kScores];
             product_.score(s, quarters_, rope_);
             release_held();
-            weigh(s, left - after, left);
+            weigh(s, cut, left - after, left);
         }
         release_held();
         product_.release_query();
         finish(Tasks::item());
     }
 
+    // Whether a row does not attend to all tokens of a span. Asked before the scores are made, which takes longer.
+    __device__ bool is_cut(int tokens, int left) const {
+        return __any_sync(~0u, min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kSpan);
+    }
+
     // Masks and weighs the scores of a span and sends P. The item has `tokens` more tokens, the request `left`.
-    __device__ void weigh(float (&s)[kScores], int tokens, int left) {
-        if (!kGather && tokens < kSpan) clear_rows_from(quarters_, tokens);
-        if constexpr (kGather)
+    __device__ void weigh(float (&s)[kScores], bool cut, int tokens, int left) {
+        if constexpr (kGather) {
             mask_invalid(s);
-        else if (min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kSpan) mask(s, tokens, left);
+        } else if (cut) {
+            if (tokens < kSpan) clear_rows_from(quarters_, tokens);
+            mask(s, tokens, left);
+        }
         float most[2], factor[2] = {1.f, 1.f};
         bool exceeds = false;
 #pragma unroll

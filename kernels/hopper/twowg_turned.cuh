@@ -22,8 +22,13 @@ class TurnedScorer : TurnedProduct {
     }
 
   private:
+    // Weights that are worked out beside the maxima; that are before it is known whether references move. With four
+    // scales a token there are no registers for them beside the scores.
+    static constexpr int kWhileVoting = kScaled ? 0 : 16, kBeforeMoving = kScaled ? 0 : 32;
+
     __device__ void attend() {
-        mbarrier_wait(Shared::query_full(), queries_++ & 1);
+        mbarrier_wait(Shared::query_full(), phases_ & 1);
+        phases_ ^= 1;
         if (!kMultipliersLoad) widen_query(p_);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) total_[c] = 0.f;
@@ -33,35 +38,57 @@ class TurnedScorer : TurnedProduct {
         int left = Tasks::item().seq_len - Tasks::item().tile_begin * kTile;  // tokens of the request
         const int after = max(Tasks::item().seq_len - Tasks::item().tile_end * kTile, 0);  // that are not of the item
         for (; left > after; left -= kTile) {
+            const bool cut = is_cut(left - after, left);
             float s[32];
             if constexpr (kScaled)
                 score_scaled(s, left - after);
             else
                 score(s);
             release_held();
-            weigh(s, left - after, left);
+            weigh(s, cut, left - after, left);
         }
         release_held();
         warp_arrive(Shared::query_empty());
         finish(Tasks::item());
     }
 
+    // Whether a row does not attend to all tokens of a tile. Asked before the scores are made, which takes longer.
+    __device__ bool is_cut(int tokens, int left) const {
+        return __any_sync(~0u, min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kTile);
+    }
+
     // Masks and weighs the scores of a tile and sends P. The item has `tokens` more tokens, the request `left`.
-    __device__ void weigh(float (&s)[32], int tokens, int left) {
-        if (!kScaled && tokens < kTile) clear_rows_from(quarters_, tokens);
-        if constexpr (kGather)
+    __device__ void weigh(float (&s)[32], bool cut, int tokens, int left) {
+        if constexpr (kGather) {
             mask_invalid(s);
-        else if (min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kTile) mask(s, tokens, left);
+        } else if (cut) {
+            if (!kScaled && tokens < kTile) clear_rows_from(quarters_, tokens);
+            mask(s, tokens, left);
+        }
         float mosts[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
         for (int i = 4; i < 32; ++i) mosts[i % 4] = fmaxf(mosts[i % 4], s[i]);
         const float most = fmaxf(fmaxf(mosts[0], mosts[1]), fmaxf(mosts[2], mosts[3]));
         mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
-        const bool moves = named_barrier_any<kScorerBarrier, kWarpgroup>(most > FUSEDMLA_LAZY || unset_ != 0);
-        if (moves) raise_tops(s);
-        if (threadIdx.x % kWarp == 0) Shared::changes(message_.at())[threadIdx.x / kWarp] = moves;
+        vote(most > FUSEDMLA_LAZY || unset_ != 0);
+        // Weights unless references move, which is seldom. Some are worked out while maxima are: no weight is negative, so
+        // what is added to the parity is 0, but ptxas does not know that and cannot put them off until after the wait.
+        float weights[32];
+        int bits = 0;
 #pragma unroll
-        for (int i = 0; i < 32; ++i) s[i] = exp2_approx(s[i]);
+        for (int i = 0; i < kWhileVoting; ++i) weights[i] = exp2_approx(s[i]), bits |= __float_as_int(weights[i]);
+        mbarrier_wait(Shared::voted(), (phases_ >> 1 & 1) + (uint32_t(bits) >> 31));
+        phases_ ^= 2;
+        const int4 moves = *reinterpret_cast<const int4*>(Shared::changes(message_.at()));
+#pragma unroll
+        for (int i = kWhileVoting; i < kBeforeMoving; ++i) weights[i] = exp2_approx(s[i]);
+        if ((moves.x | moves.y | moves.z | moves.w) != 0) {
+            raise_tops(s);
+#pragma unroll
+            for (int i = 0; i < kBeforeMoving; ++i) weights[i] = exp2_approx(s[i]);
+        }
+#pragma unroll
+        for (int i = kBeforeMoving; i < 32; ++i) weights[i] = exp2_approx(s[i]);
         float share[2] = {1.f, 1.f};
         if constexpr (kScaled) {
             share[0] = exp2_approx(-log2_scale_[0]), share[1] = exp2_approx(-log2_scale_[1]);
@@ -69,9 +96,18 @@ class TurnedScorer : TurnedProduct {
         }
 #pragma unroll
         for (int c = 0; c < kColumns; ++c)
-            total_[c] += kScaled ? fmaf(s[at(c)], share[0], s[at(c) + 2] * share[1]) : s[at(c)] + s[at(c) + 2];
-        put_weights(s);
+            total_[c] += kScaled ? fmaf(weights[at(c)], share[0], weights[at(c) + 2] * share[1]) : weights[at(c)] + weights[at(c) + 2];
+        put_weights(weights);
         send();
+    }
+
+    // Whether a warp wants references to move.
+    __device__ void vote(bool yes) const {
+        const bool any = __any_sync(~0u, yes);
+        if (thread_anew() % kWarp == 0) {
+            Shared::changes(message_.at())[thread_anew() / kWarp] = any;
+            mbarrier_arrive(Shared::voted());
+        }
     }
 
     __device__ void mask(float (&s)[32], int tokens, int left) const {
@@ -79,7 +115,7 @@ class TurnedScorer : TurnedProduct {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
             int limit = tokens;
-            if (p_.causal) limit = min(tokens, left - p_.s_q + 1 + divide(blockIdx.x * kRows + row_of(c), p_.h_q));
+            if (p_.causal) limit = min(tokens, left - p_.s_q + 1 + divide(block_x_anew() * kRows + row_of(c), p_.h_q));
             if (token >= limit) s[at(c)] = -INFINITY;
             if (token + 8 >= limit) s[at(c) + 2] = -INFINITY;
         }
@@ -176,7 +212,7 @@ class TurnedScorer : TurnedProduct {
             const float total = of.x + of.y + (of.z + of.w);
             factors[0] = total == 0.f ? 0.f : k_scale_of(p_) / total;
             float log_sum = total == 0.f ? -INFINITY : Shared::references()[thread] + log2_approx(total);
-            const int row = blockIdx.x * kRows + thread;
+            const int row = block_x_anew() * kRows + thread;
             if (joined) {
                 const JoinedRow of_all(p_, item, row, log_sum);
                 factors[0] *= of_all.weight[0];
@@ -206,6 +242,6 @@ class TurnedScorer : TurnedProduct {
 
     float total_[kColumns];  // this lane's share of the sum of weights
     uint32_t unset_;                         // a bit for each row that has not seen a key yet
-    unsigned queries_ = 0;
+    unsigned phases_ = 0;  // of queries, of votes
     Ring<kMessageSlots> message_;
 };

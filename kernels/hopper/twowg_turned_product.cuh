@@ -24,9 +24,14 @@ class TurnedProduct {
         const unsigned thread = thread_anew(), lane = thread % kWarp, token = thread / kWarp % 4 * 16 + lane % 16;
         const uint32_t unit = (lane / 16 ^ (token & 7)) << 4, query = units_of(Shared::query());
         uint32_t raw[2][4], a[kInFlight + 1][2][2][4];
+        bool there = false;  // the next quarter, or the rope part
+        const auto look = [&](int part) {
+            if (part < kLatentParts && part % 2 == 0) there = mbarrier_test(Shared::quarter_full(quarters_.at()), quarters_.phase());
+            if (part == kLatentParts) there = mbarrier_test(Shared::rope_full(rope_.at()), rope_.phase());
+        };
         const auto load = [&](int part) {
-            if (part < kLatentParts && part % 2 == 0) mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());
-            if (part == kLatentParts) mbarrier_wait(Shared::rope_full(rope_.at()), rope_.phase());
+            if (part < kLatentParts && part % 2 == 0 && !there) mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());
+            if (part == kLatentParts && !there) mbarrier_wait(Shared::rope_full(rope_.at()), rope_.phase());
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 ldmatrix_x4(raw[i], part < kLatentParts
@@ -41,6 +46,7 @@ class TurnedProduct {
 #pragma unroll
             for (int i = 0; i < 2; ++i) widen_steps(raw[i], a[part % (kInFlight + 1)][i]);
             if (part + 1 < kAllParts) load(part + 1);
+            look(part + 2);
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < 4; ++step)
@@ -49,13 +55,20 @@ class TurnedProduct {
             wgmma_commit();
             wgmma_wait<kInFlight>();
         }
+        // What fits into registers meanwhile.
+        constexpr int kEarly = 8;
+        float2 scales[kColumns / 2], tops[kColumns / 2];
+#pragma unroll
+        for (int i = 0; i < kEarly; ++i) scales[i] = of_pair(Shared::row_scales(), 2 * i), tops[i] = of_pair(Shared::references(), 2 * i);
         wgmma_wait<0>();
         keep_in_order(s);
         warp_arrive_cluster(Shared::rope_empty(rope_.at()));
         rope_.advance();
 #pragma unroll
+        for (int i = kEarly; i < kColumns / 2; ++i) scales[i] = of_pair(Shared::row_scales(), 2 * i), tops[i] = of_pair(Shared::references(), 2 * i);
+#pragma unroll
         for (int c = 0; c < kColumns; c += 2) {
-            const float2 scale = of_pair(Shared::row_scales(), c), top = of_pair(Shared::references(), c);
+            const float2 scale = scales[c / 2], top = tops[c / 2];
 #pragma unroll
             for (int token = 0; token < 4; token += 2) {
                 s[at(c) + token] = fmaf(s[at(c) + token], scale.x, -top.x);

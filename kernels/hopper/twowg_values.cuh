@@ -117,8 +117,8 @@ class Values {
     // multiplied. Bytes are transposed as pairs of columns: see widen_columns.
     __device__ void multiply_widened() {
         using Mma = Wgmma<fp16, kRows>;
-        constexpr int kBatches = 8;  // of the quarter, of its blocks of 64 columns, of the tile's halves
-        const uint32_t weights = units_of(smem_address(Shared::weight_rows(message_.at())));
+        constexpr int kAhead = kScaled ? 1 : 2, kBatches = 8;  // of the quarter, of its blocks of 64 columns, of the tile's halves
+        const uint32_t weights = in_uniform_register(units_of(smem_address(Shared::weight_rows(message_.at()))));
         const Ring<kQuarterSlots> right = quarters_.after(kScaled ? 0 : 1);
         mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());  // long complete
         if (!kScaled) mbarrier_wait(Shared::quarter_full(right.at()), right.phase());
@@ -134,12 +134,12 @@ class Values {
         };
         const uint32_t* ratios = reinterpret_cast<const uint32_t*>(Shared::ratios(message_.at())) + half() * kTile + lane % 4;
         load(0);
+        if (kAhead > 1) load(1);
 #pragma unroll
         for (int block = 0; block < 4; ++block) keep_in_order(o_[block]);
 #pragma unroll
         for (int batch = 0; batch < kBatches; ++batch) {
             if (batch == (half() == 0 ? FUSEDMLA_EARLY_A : FUSEDMLA_EARLY_B)) wait_until_held_may_go();
-            if (batch + 1 < kBatches) load(batch + 1);
             const uint32_t(&codes)[4] = raw[batch % 2];
 #pragma unroll
             for (int i = 0; i < 4; ++i) widen_columns(codes[i], a[batch % (kInFlight + 1)][i / 2][i % 2 * 2], a[batch % (kInFlight + 1)][i / 2][i % 2 * 2 + 1]);
@@ -160,6 +160,7 @@ class Values {
                 Mma::registers(o_[batch / 2], a[batch % (kInFlight + 1)][step],
                                descriptor<kAtomBytes>(weights + (batch % 2 * 2 + step) * 2), true);
             wgmma_commit();
+            if (batch + kAhead < kBatches) load(batch + kAhead);  // after the products: ptxas waits for it as early as it can
             wgmma_wait<kInFlight>();
         }
         wgmma_wait<0>();

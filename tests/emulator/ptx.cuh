@@ -24,6 +24,7 @@ inline void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
 }
 inline void mbarrier_arrive(uint32_t barrier) { machine::arrive(machine::mbarrier(barrier)); }
 inline void mbarrier_arrive_in(uint32_t barrier, uint32_t rank) { mbarrier_arrive(machine::address_in(barrier, int(rank))); }
+inline bool mbarrier_test(uint32_t barrier, uint32_t parity) { return machine::mbarrier(barrier).phase != parity; }
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     const machine::Mbarrier& of = machine::mbarrier(barrier);
     machine::wait_until("an mbarrier", [&] { return of.phase != parity; });
