@@ -16,7 +16,9 @@
 // tile and multicasts it to both, which halves the traffic out of L2.
 //
 // Of 8-bit caches K and V are widened to fp16 in registers, so they take the side of the operands that comes from there:
-// S^T = K Q^T (twowg_turned.cuh), O^T += V^T P^T (Multiplier::multiply_widened). All of PV is held back.
+// S^T = K Q^T (twowg_turned_product.cuh), O^T += V^T P^T (Multiplier::multiply_widened). Of fp8_ds_mla caches all of PV is
+// held back (twowg_turned.cuh). Of fp8 caches the scorer hands over scores, and the multipliers weigh them
+// (twowg_raw.cuh, twowg_weigh.cuh), for scoring takes it as long as weighing and PV together take them.
 //
 // With e4m3 operands, for fp8 caches, the same roles work on spans of 128 tokens: twowg_e4m3.cuh has what differs for the
 // scorer, Multiplier::multiply_e4m3 for the multipliers. Nothing is held back: registers are full of other things.
@@ -33,6 +35,7 @@
 #include "twowg_query.cuh"
 #include "twowg_rows.cuh"
 #include "twowg_score.cuh"
+#include "twowg_raw.cuh"
 #include "twowg_turned.cuh"
 
 using Copying = std::conditional_t<kGather, Gatherer, std::conditional_t<kScaled, RowCopier, Copier>>;
@@ -55,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
             lower_registers<kScorerRegisters>();
         else if constexpr (kScorerRegisters > kLaunchRegisters)
             raise_registers<kScorerRegisters>();
-        std::conditional_t<kWidens, TurnedScorer, Scorer<Element>>(p).run();
+        std::conditional_t<kMultipliersWeigh, RawScorer, std::conditional_t<kWidens, TurnedScorer, Scorer<Element>>>(p).run();
     } else if (warpgroup < 3) {
         raise_registers<kMultiplierRegisters>();
         if (multiplier_thread() < kWarp && !Feeder::feed_even(p)) Feeder(p).save();

@@ -6,6 +6,7 @@
 #include "query_8bit.cuh"
 #include "twowg_tasks.cuh"
 #include "twowg_values.cuh"
+#include "twowg_weigh.cuh"
 
 // Of both multipliers' threads.
 __device__ inline int multiplier_thread() { return threadIdx.x - kWarpgroup; }
@@ -48,7 +49,7 @@ class Multiplier : Values<T> {
     using Values<T>::o_, Values<T>::quarters_, Values<T>::message_;
 
   public:
-    __device__ explicit Multiplier(const Params& p) : p_(p) {}
+    __device__ explicit Multiplier(const Params& p) : weigher_(p), p_(p) {}
 
     __device__ void run() {
         Tasks::begin();
@@ -82,13 +83,17 @@ class Multiplier : Values<T> {
 #pragma unroll
         for (int i = 0; i < 128; ++i) o_[i / kPart][i % kPart] = 0.f;
         quarters_.advance(kQuerySlots);
-        for (int spans = spans_of(Tasks::item()); spans > 0; --spans) {
-            rescale();
-            this->add();
-            message_.advance();
-            quarters_.advance(kParts);
+        if constexpr (kMultipliersWeigh) {
+            weigh_and_add();
+        } else {
+            for (int spans = spans_of(Tasks::item()); spans > 0; --spans) {
+                rescale();
+                this->add();
+                message_.advance();
+                quarters_.advance(kParts);
+            }
+            receive();
         }
-        receive();
         if (kMostJoined > 1 && joins(p_, Tasks::item())) join();
         const Item& item = Tasks::item();
         if (item.slot < 0 || joins(p_, item)) {
@@ -97,6 +102,31 @@ class Multiplier : Values<T> {
             store_partial(partial_of(p_, item, item.piece));
             publish_partial(item);
         }
+    }
+
+    // Scores instead of weights come, and no message at the end of an item.
+    __device__ void weigh_and_add() {
+        const Item& item = Tasks::item();
+        int left = item.seq_len - item.tile_begin * kTile;  // tokens of the request
+        const int after = max(item.seq_len - item.tile_end * kTile, 0);  // that are not of the item
+        weigher_.begin();
+        bool first = true;
+#pragma unroll 1
+        for (; left > after; left -= kTile, first = false) {
+            const bool cut = __any_sync(~0u, min(left - after, left - (p_.causal ? p_.s_q - 1 : 0)) < kTile);
+            receive();
+            if (first) weigher_.take_scale();
+            factors_at_ ^= 1;
+            const auto taken = [&] {
+                release_message();
+                message_.advance();
+            };
+            if (weigher_.weigh(factors_at_, cut, left - after, left, taken)) scale_by_factors();
+            this->add(factors_at_);
+            quarters_.advance(kParts);
+        }
+        weigher_.finish(item);
+        factors_at_ = 0;
     }
 
     __device__ void publish_partial(const Item& item) {
@@ -113,18 +143,29 @@ class Multiplier : Values<T> {
     // Adds the other pieces' results. Their factors come in messages after that of this one's, and then ones.
     __device__ void join() {
         scale_by_factors();
-        next_message();
+        next_factors();
         for (int piece = 1; piece < Tasks::item().pieces; ++piece) {
             add_other();
-            next_message();
+            next_factors();
+        }
+        if constexpr (kMultipliersWeigh) {
+            named_barrier_sync(kMultipliersBarrier, kMultipliers);
+            if (multiplier_thread() < kRows) Shared::all_factors(0)[multiplier_thread()] = 1.f;
+            named_barrier_sync(kMultipliersBarrier, kMultipliers);
+            factors_at_ = 0;
         }
         if (multiplier_thread() == 0) leave_joined(counter_of(p_, Tasks::item()), Tasks::item().pieces);
     }
-    __device__ void next_message() {
-        release_message();
-        message_.advance();
-        receive();
+    __device__ void next_factors() {
+        if constexpr (kMultipliersWeigh) {
+            ++factors_at_;
+        } else {
+            release_message();
+            message_.advance();
+            receive();
+        }
     }
+    __device__ int factors_at() const { return kMultipliersWeigh ? factors_at_ : message_.at(); }
 
     // ---- partial results: see twowg_partial.cuh ----
 
@@ -163,8 +204,10 @@ class Multiplier : Values<T> {
                 __stcg(half_of_group + pair, float2{x * scale, y * scale});
             });
         }
-        release_message();
-        message_.advance();
+        if constexpr (!kMultipliersWeigh) {
+            release_message();
+            message_.advance();
+        }
     }
 
     // Another piece's result times the message's factors, from the ring.
@@ -262,7 +305,7 @@ class Multiplier : Values<T> {
         return {from[0], from[8]};
     }
     __device__ float2 factors_of_pair(int i) const {
-        return reinterpret_cast<const float2*>(Shared::all_factors(message_.at()))[i * 4 + thread_anew() % 4];
+        return reinterpret_cast<const float2*>(Shared::all_factors(factors_at()))[i * 4 + thread_anew() % 4];
     }
 
     // Into rows of 512 columns from `to` on. The lanes of one j of O^T write 32 contiguous bytes of a row at a time: a
@@ -306,9 +349,13 @@ class Multiplier : Values<T> {
                         *reinterpret_cast<uint4*>(to + 8 * half * kLatent + 8 * i) = {w[0], w[1], w[2], w[3]};
                 }
         }
-        release_message();
-        message_.advance();
+        if constexpr (!kMultipliersWeigh) {
+            release_message();
+            message_.advance();
+        }
     }
 
+    Weigher weigher_;
+    int factors_at_ = 0;  // slot of factors and weights, where the multipliers make them
     const Params& p_;
 };

@@ -10,16 +10,16 @@
 // Of a tile's PV, the steps (16-bit caches: four) or parts (widened ones: eight) that the first and the second multiplier do
 // at once. The others wait for the next tile's scores, so that the tensor cores have work during its softmax.
 #ifndef FUSEDMLA_EARLY_A
-#define FUSEDMLA_EARLY_A (kWidens ? 0 : 4)
+#define FUSEDMLA_EARLY_A (kMultipliersWeigh ? 8 : kWidens ? 0 : 4)
 #endif
 #ifndef FUSEDMLA_EARLY_B
-#define FUSEDMLA_EARLY_B (kWidens ? 0 : kCluster == 1 ? 4 : 0)
+#define FUSEDMLA_EARLY_B (kMultipliersWeigh ? 8 : kWidens ? 0 : kCluster == 1 ? 4 : 0)
 #endif
 #ifndef FUSEDMLA_LAZY  // the reference maximum moves only if a score exceeds it by more (base 2); 0: whenever it can
 #define FUSEDMLA_LAZY (kE4m3 ? 1 : 8)
 #endif
 #ifndef FUSEDMLA_QUARTERS  // slots of the ring; four are a span
-#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : kScaled ? 3 : kWidens ? 15 : kGather ? 9 : 11)
+#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : kScaled ? 3 : kWidens ? 13 : kGather ? 9 : 11)
 #endif
 #ifndef FUSEDMLA_PREFETCH  // 1: copies that have to wait for a slot are brought into L2 meanwhile
 #define FUSEDMLA_PREFETCH (!kE4m3 && !kWidens)
@@ -28,10 +28,10 @@
 #define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : kGather ? 2 : 3)
 #endif
 #ifndef FUSEDMLA_SCORER_REGISTERS  // with the copier's and twice the multipliers' 512
-#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kWidens ? 128 : kGather ? 128 : 160)
+#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? 128 : kWidens ? 112 : kGather ? 128 : 160)
 #endif
 #ifndef FUSEDMLA_MULTIPLIER_REGISTERS
-#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kWidens ? 176 : kGather ? 168 : 160)
+#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kScaled ? 176 : kWidens ? 184 : kGather ? 168 : 160)
 #endif
 #ifndef FUSEDMLA_COPIER_REGISTERS
 #define FUSEDMLA_COPIER_REGISTERS (kGather && !kScaled ? 40 : 32)
@@ -51,6 +51,7 @@ constexpr bool kWidens = std::is_same_v<Element, widened> || kScaled;
 #endif
 constexpr bool kGather = FUSEDMLA_GATHER;  // the keys of a request are listed
 constexpr int kCopiers = kGather ? 4 : 1;  // warps
+constexpr bool kMultipliersWeigh = std::is_same_v<Element, widened>;  // the scorer hands over scores
 constexpr bool kTurned = kE4m3 || kWidens;  // O^T += V^T P^T: V is the operand that comes from registers
 static_assert(!kGather || kScaled || !kTurned);
 constexpr bool kMultipliersLoad = kGather && kScaled;  // the query: who gathers has no registers for it
@@ -72,8 +73,9 @@ static_assert(kScorerRegisters + 2 * kMultiplierRegisters + kCopierRegisters <= 
 constexpr int kScores = kRows * kSpan / kWarpgroup;  // of a scoring thread
 
 constexpr int kCluster = FUSEDMLA_CLUSTER;
-constexpr int kQuarterSlots = FUSEDMLA_QUARTERS, kMessageSlots = 2, kTaskSlots = 8;
-constexpr int kRopeSlots = kE4m3 ? 2 : kScaled ? 0 : kWidens ? 4 : kGather ? 2 : 1;
+constexpr int kQuarterSlots = FUSEDMLA_QUARTERS, kMessageSlots = kMultipliersWeigh ? 1 : 2, kTaskSlots = 8;
+constexpr int kWeightSlots = 2;  // of P and of factors
+constexpr int kRopeSlots = kE4m3 ? 2 : kScaled ? 0 : kWidens ? 3 : kGather ? 2 : 1;
 constexpr int kParts = kScaled ? 1 : 4;  // slots of the ring that a span takes: of fp8_ds_mla they hold whole rows
 constexpr int kTasksAhead = 4;  // of the one that the first multiplier works on
 constexpr int kQueryQuarters = FUSEDMLA_QUERY_QUARTERS;
@@ -96,7 +98,7 @@ struct Task {
 };
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kMultipliersBarrier = 1, kScorerBarrier = 2, kLoadersBarrier = 3;
+constexpr int kMultipliersBarrier = 1, kScorerBarrier = 2, kLoadersBarrier = 3, kHalfBarrier = 4;
 
 constexpr int kRopeBytes = kSpan * kRope * kCacheBytes;
 constexpr int kQueryQuarterBytes = kRows * 128 * kOperandBytes;
@@ -104,18 +106,22 @@ constexpr int kRopeAt = kQuarterSlots * kQuarterBytes;
 constexpr int kQueryAt = kRopeAt + kRopeSlots * kRopeBytes;  // the quarters that are not in registers, then rope
 constexpr int kWeightsAt = kQueryAt + (4 - kQueryQuarters) * kQueryQuarterBytes + kRows * kRope * kOperandBytes;
 constexpr int kWeightBytes = kRows * kSpan * kOperandBytes;
-constexpr int kFactorsAt = kWeightsAt + kMessageSlots * kWeightBytes;
+// Scores as they are handed over, a row for each token; longer than 64, so that stores of several tokens do not conflict.
+constexpr int kScoresPitch = (kRows + 8) * 4, kScoreBytes = kMultipliersWeigh ? kTile * kScoresPitch : 0;
+constexpr int kScoresAt = kWeightsAt + kWeightSlots * kWeightBytes;
+constexpr int kFactorsAt = kScoresAt + kScoreBytes;
 constexpr int kFactorBytes = kRows * 4;
-constexpr int kChangesAt = kFactorsAt + kMessageSlots * kFactorBytes;
+constexpr int kChangesAt = kFactorsAt + kWeightSlots * kFactorBytes;
 constexpr int kRowScalesAt = kChangesAt + kMessageSlots * 16;
-constexpr int kExchangeAt = kRowScalesAt + kRows * 4;
+constexpr int kScalesSlots = kMultipliersWeigh ? 4 : 1;  // an item's is overwritten after it has been taken
+constexpr int kExchangeAt = kRowScalesAt + kScalesSlots * kRows * 4;
 constexpr int kRatiosAt = kExchangeAt + (kWidens ? kRows * 5 * 4 : 0), kRatioBytes = kScaled ? 4 * kTile * 2 : 0;
 constexpr int kValidAt = kRatiosAt + kMessageSlots * kRatioBytes;
 constexpr int kValidSlots = 2 * (kScaled ? kQuarterSlots : kRopeSlots), kTasksAt = kValidAt + (kGather ? kValidSlots * 8 : 0);
 constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 96;
 constexpr int kRestingAt = kFeederAt + kFeederBytes;
 constexpr int kBarriersAt = kRestingAt + kThreads / kWarp * 4;
-constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 4;
+constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 3;
 constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;
 static_assert(kSharedBytes <= 227 * 1024);
 static_assert(kFeederAt % 8 == 0 && kBarriersAt % 8 == 0);
@@ -154,9 +160,9 @@ class Ring {
 //   scorer says when its slots are empty. `may come` hands those slots to the loaders, and `full` says that they have
 //   done with them.
 // - message: what the scorer tells the multipliers: for a span the weights P and the factors that rescale O's rows, and
-//   at the end of an item the factors that normalise them. `go` (16-bit operands) lets them do what they hold back of
-//   it; it comes with the next message at the latest. That of slot 1 is one round ahead, for it also comes before the
-//   first message.
+//   at the end of an item the factors that normalise them; or, of fp8 caches, a tile's scores. `go` lets them do what they
+//   hold back of it; it comes with the next message at the latest. That of slot 1 is one round ahead, for it also comes
+//   before the first message.
 // - task: what the schedule has for this program, see twowg_tasks.cuh.
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
@@ -178,7 +184,12 @@ struct Shared {
     }
     // Whether the factors of each scoring warp's rows are other than 1.
     static __device__ int* changes(int slot) { return reinterpret_cast<int*>(shared_memory + kChangesAt) + slot * 4; }
-    static __device__ float* row_scales() { return reinterpret_cast<float*>(shared_memory + kRowScalesAt); }
+    static __device__ float* row_scales(int slot = 0) {
+        return reinterpret_cast<float*>(shared_memory + kRowScalesAt) + slot * kRows;
+    }
+    static __device__ float* scores(int token) {
+        return reinterpret_cast<float*>(shared_memory + kScoresAt + token * kScoresPitch);
+    }
     // Of widened tiles: for each row of the query something of each scoring warp's; what its scores are related to.
     static __device__ float4* of_warps() { return reinterpret_cast<float4*>(shared_memory + kExchangeAt); }
     static __device__ float* references() { return reinterpret_cast<float*>(of_warps() + kRows); }
@@ -207,7 +218,6 @@ struct Shared {
     static __device__ uint32_t rope_empty(int slot) { return rope_full(kRopeSlots + slot); }
     static __device__ uint32_t query_full() { return rope_full(2 * kRopeSlots); }
     static __device__ uint32_t query_may_come() { return rope_full(2 * kRopeSlots + 2); }
-    static __device__ uint32_t voted() { return rope_full(2 * kRopeSlots + 3); }
     static __device__ uint32_t query_empty() { return rope_full(2 * kRopeSlots + 1); }
 
     // By the first lane of every warp: an initialisation takes as long as a load, one after the other.
@@ -232,7 +242,6 @@ struct Shared {
             mbarrier_init(query_full(), kMultipliersLoad ? kMultiplierWarps : kGather ? kLoaders * kWarp : kLoaders);
             mbarrier_init(query_empty(), kScorerWarps);
             mbarrier_init(query_may_come(), 1);
-            mbarrier_init(voted(), kScorerWarps);
         }
         for (int i = warp - kTaskSlots - 1; 0 <= i && i < kMessageSlots; i += kWarps) {
             mbarrier_init(message_full(i), kScorerWarps);

@@ -9,7 +9,7 @@
 template <bool IS_FP16>
 class QueryWidener {
   public:
-    __device__ explicit QueryWidener(const Params& p) : scale_log2_(p.scale_log2 * k_scale_of(p)) {}
+    __device__ explicit QueryWidener(const Params& p, int slot) : slot_(slot), scale_log2_(p.scale_log2 * k_scale_of(p)) {}
 
     // The 16 rows of a warp. The rope part of an fp8_ds_mla cache is bfloat16: so is the query's, which stays.
     __device__ void run() const {
@@ -71,19 +71,20 @@ class QueryWidener {
             pair.swap_if(swapped);
             unit(first + i, 2 * lane + swapped) = pair.bits[0], unit(first + i, 2 * lane + !swapped) = pair.bits[1];
         }
-        if (lane % 4 == 0) Shared::row_scales()[rope_row] = exp2f(float(rope_exponent)) * scale_log2_;
+        if (lane % 4 == 0) Shared::row_scales(slot_)[rope_row] = exp2f(float(rope_exponent)) * scale_log2_;
         if constexpr (!kScaled) {
             rope.widen(exp2f(float(-rope_exponent)));
             unit(rope_row, rope_unit) = rope.bits[0], unit(rope_row, rope_unit + 1) = rope.bits[1];
         }
     }
 
+    const int slot_;  // of the scales
     const float scale_log2_;
 };
 
-__device__ inline void widen_query(const Params& p) {
+__device__ inline void widen_query(const Params& p, int slot = 0) {
     if (!kScaled && p.q_is_fp16)
-        QueryWidener<true>(p).run();
+        QueryWidener<true>(p, slot).run();
     else
-        QueryWidener<false>(p).run();
+        QueryWidener<false>(p, slot).run();
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scoring warpgroup of the 64-row kernel where 8-bit caches are widened: S^T = K Q^T, so that K, too, comes from registers.
+// The scoring warpgroup of the 64-row kernel for fp8_ds_mla caches: S^T = K Q^T, so that K, too, comes from registers, and
+// the softmax.
 //
 // A warp has 16 tokens of S^T; its lane 4g + j holds tokens g and g + 8, rows 8i + 2j and 8i + 2j + 1. Maxima are over
 // all tokens, so over warps. They are worked out only for a tile in which some score exceeds a row's reference by more
@@ -10,6 +11,8 @@
 #include "twowg_query_8bit.cuh"
 #include "twowg_tasks.cuh"
 #include "twowg_turned_product.cuh"
+
+static_assert(!kScaled || kMostJoined == 1);
 
 class TurnedScorer : TurnedProduct {
   public:
@@ -22,13 +25,8 @@ class TurnedScorer : TurnedProduct {
     }
 
   private:
-    // Weights that are worked out beside the maxima; that are before it is known whether references move. With four
-    // scales a token there are no registers for them beside the scores.
-    static constexpr int kWhileVoting = kScaled ? 0 : 16, kBeforeMoving = kScaled ? 0 : 32;
-
     __device__ void attend() {
-        mbarrier_wait(Shared::query_full(), phases_ & 1);
-        phases_ ^= 1;
+        mbarrier_wait(Shared::query_full(), queries_++ & 1);
         if (!kMultipliersLoad) widen_query(p_);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) total_[c] = 0.f;
@@ -40,10 +38,7 @@ class TurnedScorer : TurnedProduct {
         for (; left > after; left -= kTile) {
             const bool cut = is_cut(left - after, left);
             float s[32];
-            if constexpr (kScaled)
-                score_scaled(s, left - after);
-            else
-                score(s);
+            score_scaled(s, left - after);
             release_held();
             weigh(s, cut, left - after, left);
         }
@@ -59,55 +54,26 @@ class TurnedScorer : TurnedProduct {
 
     // Masks and weighs the scores of a tile and sends P. The item has `tokens` more tokens, the request `left`.
     __device__ void weigh(float (&s)[32], bool cut, int tokens, int left) {
-        if constexpr (kGather) {
+        if constexpr (kGather)
             mask_invalid(s);
-        } else if (cut) {
-            if (!kScaled && tokens < kTile) clear_rows_from(quarters_, tokens);
+        else if (cut)
             mask(s, tokens, left);
-        }
         float mosts[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
         for (int i = 4; i < 32; ++i) mosts[i % 4] = fmaxf(mosts[i % 4], s[i]);
         const float most = fmaxf(fmaxf(mosts[0], mosts[1]), fmaxf(mosts[2], mosts[3]));
         mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
-        vote(most > FUSEDMLA_LAZY || unset_ != 0);
-        // Weights unless references move, which is seldom. Some are worked out while maxima are: no weight is negative, so
-        // what is added to the parity is 0, but ptxas does not know that and cannot put them off until after the wait.
-        float weights[32];
-        int bits = 0;
+        const bool moves = named_barrier_any<kScorerBarrier, kWarpgroup>(most > FUSEDMLA_LAZY || unset_ != 0);
+        if (moves) raise_tops(s);
+        if (threadIdx.x % kWarp == 0) Shared::changes(message_.at())[threadIdx.x / kWarp] = moves;
 #pragma unroll
-        for (int i = 0; i < kWhileVoting; ++i) weights[i] = exp2_approx(s[i]), bits |= __float_as_int(weights[i]);
-        mbarrier_wait(Shared::voted(), (phases_ >> 1 & 1) + (uint32_t(bits) >> 31));
-        phases_ ^= 2;
-        const int4 moves = *reinterpret_cast<const int4*>(Shared::changes(message_.at()));
+        for (int i = 0; i < 32; ++i) s[i] = exp2_approx(s[i]);
+        const float share[2] = {exp2_approx(-log2_scale_[0]), exp2_approx(-log2_scale_[1])};
+        put_ratios(share);
 #pragma unroll
-        for (int i = kWhileVoting; i < kBeforeMoving; ++i) weights[i] = exp2_approx(s[i]);
-        if ((moves.x | moves.y | moves.z | moves.w) != 0) {
-            raise_tops(s);
-#pragma unroll
-            for (int i = 0; i < kBeforeMoving; ++i) weights[i] = exp2_approx(s[i]);
-        }
-#pragma unroll
-        for (int i = kBeforeMoving; i < 32; ++i) weights[i] = exp2_approx(s[i]);
-        float share[2] = {1.f, 1.f};
-        if constexpr (kScaled) {
-            share[0] = exp2_approx(-log2_scale_[0]), share[1] = exp2_approx(-log2_scale_[1]);
-            put_ratios(share);
-        }
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c)
-            total_[c] += kScaled ? fmaf(weights[at(c)], share[0], weights[at(c) + 2] * share[1]) : weights[at(c)] + weights[at(c) + 2];
-        put_weights(weights);
+        for (int c = 0; c < kColumns; ++c) total_[c] += fmaf(s[at(c)], share[0], s[at(c) + 2] * share[1]);
+        put_weights(s);
         send();
-    }
-
-    // Whether a warp wants references to move.
-    __device__ void vote(bool yes) const {
-        const bool any = __any_sync(~0u, yes);
-        if (thread_anew() % kWarp == 0) {
-            Shared::changes(message_.at())[thread_anew() / kWarp] = any;
-            mbarrier_arrive(Shared::voted());
-        }
     }
 
     __device__ void mask(float (&s)[32], int tokens, int left) const {
@@ -204,44 +170,19 @@ class TurnedScorer : TurnedProduct {
             if (thread % kWarp < 4) reinterpret_cast<float*>(Shared::of_warps() + row_of(c))[thread / kWarp] = total;
         }
         named_barrier_sync(kScorerBarrier, kWarpgroup);
-        const bool joined = kMostJoined > 1 && joins(p_, item);
-        if (joined) await_others(p_, item);
-        float factors[kMostJoined];
+        mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
         if (thread < kRows) {
             const float4 of = Shared::of_warps()[thread];
             const float total = of.x + of.y + (of.z + of.w);
-            factors[0] = total == 0.f ? 0.f : k_scale_of(p_) / total;
-            float log_sum = total == 0.f ? -INFINITY : Shared::references()[thread] + log2_approx(total);
-            const int row = block_x_anew() * kRows + thread;
-            if (joined) {
-                const JoinedRow of_all(p_, item, row, log_sum);
-                factors[0] *= of_all.weight[0];
-                log_sum = of_all.log_sum;
-#pragma unroll
-                for (int piece = 1; piece < kMostJoined; ++piece) factors[piece] = of_all.weight[piece];
-            }
-            store_log_sum(p_, item, row, log_sum);
+            Shared::all_factors(message_.at())[thread] = total == 0.f ? 0.f : 1.f / total;
+            const float log_sum = total == 0.f ? -INFINITY : Shared::references()[thread] + log2_approx(total);
+            store_log_sum(p_, item, block_x_anew() * kRows + thread, log_sum);
         }
-#pragma unroll
-        for (int piece = 0; piece < kMostJoined; ++piece) {
-            if (piece == (joined ? item.pieces : 1)) break;
-            if (piece > 0) release_held();
-            send_factor(factors[piece]);
-        }
-        if (!joined) return;
-        release_held();
-        send_factor(1.f);
-    }
-
-    __device__ void send_factor(float factor) {
-        mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
-        const unsigned thread = thread_anew() % kWarpgroup;
-        if (thread < kRows) Shared::all_factors(message_.at())[thread] = factor;
         send();
     }
 
     float total_[kColumns];  // this lane's share of the sum of weights
-    uint32_t unset_;                         // a bit for each row that has not seen a key yet
-    unsigned phases_ = 0;  // of queries, of votes
+    uint32_t unset_;         // a bit for each row that has not seen a key yet
+    unsigned queries_ = 0;
     Ring<kMessageSlots> message_;
 };

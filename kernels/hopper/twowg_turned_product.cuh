@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// S^T = K Q^T of the 64-row kernel where 8-bit caches are widened, as differences from the rows' references.
+// S^T = K Q^T of the 64-row kernel where 8-bit caches are widened.
 #pragma once
 
 #include "twowg_plan.cuh"
@@ -16,8 +16,8 @@ class TurnedProduct {
     __device__ static int row_of(int c) { return c / 2 * 8 + c % 2 + thread_anew() % 4 * 2; }
     static constexpr __device__ int at(int c) { return c / 2 * 4 + c % 2; }
 
-    // Scores of the next tile in base 2, as differences from the references. 64
-    // columns at a time; one part is widened while the last is multiplied.
+    // Scores of the next tile of an fp8 cache, unscaled. 64 columns at a time; one part is widened while the last is
+    // multiplied.
     __device__ void score(float (&s)[32]) {
         using Mma = Wgmma<fp16, kRows>;
         constexpr int kLatentParts = 8, kAllParts = 9;
@@ -55,30 +55,15 @@ class TurnedProduct {
             wgmma_commit();
             wgmma_wait<kInFlight>();
         }
-        // What fits into registers meanwhile.
-        constexpr int kEarly = 8;
-        float2 scales[kColumns / 2], tops[kColumns / 2];
-#pragma unroll
-        for (int i = 0; i < kEarly; ++i) scales[i] = of_pair(Shared::row_scales(), 2 * i), tops[i] = of_pair(Shared::references(), 2 * i);
         wgmma_wait<0>();
         keep_in_order(s);
         warp_arrive_cluster(Shared::rope_empty(rope_.at()));
         rope_.advance();
-#pragma unroll
-        for (int i = kEarly; i < kColumns / 2; ++i) scales[i] = of_pair(Shared::row_scales(), 2 * i), tops[i] = of_pair(Shared::references(), 2 * i);
-#pragma unroll
-        for (int c = 0; c < kColumns; c += 2) {
-            const float2 scale = scales[c / 2], top = tops[c / 2];
-#pragma unroll
-            for (int token = 0; token < 4; token += 2) {
-                s[at(c) + token] = fmaf(s[at(c) + token], scale.x, -top.x);
-                s[at(c + 1) + token] = fmaf(s[at(c + 1) + token], scale.y, -top.y);
-            }
-        }
     }
 
-    // The same of an fp8_ds_mla tile: each 128 columns have a scale, and rope parts are bf16. The weights of a token take
-    // on the largest of its scales, the multipliers know its other scales as ratios to that.
+    // Those of an fp8_ds_mla tile in base 2, as differences from the rows' references: each 128 columns have a scale, and rope
+    // parts are bf16. The weights of a token take on the largest of its scales, the multipliers know its other scales as
+    // ratios to that.
     __device__ void score_scaled(float (&sum)[32], int tokens) {
         using Mma = Wgmma<fp16, kRows>;
         const unsigned thread = thread_anew(), lane = thread % kWarp, warp = thread / kWarp % 4;

@@ -13,12 +13,12 @@ class Values {
         if (kParts == 4 && half() == 1) quarters_.advance(2);
     }
 
-    // The message that comes next, of a span.
-    __device__ void add() {
+    // The message that comes next, of a span; or the weights in a slot, which the multipliers have made themselves.
+    __device__ void add(int weights = 0) {
         if constexpr (kE4m3)
             multiply_e4m3();
         else if constexpr (kWidens)
-            multiply_widened();
+            multiply_widened(kMultipliersWeigh ? weights : message_.at());
         else
             multiply();
     }
@@ -115,10 +115,10 @@ class Values {
 
     // O^T += V^T P^T with V widened to fp16, 64 columns x 32 tokens at a time; one such part is widened while the last is
     // multiplied. Bytes are transposed as pairs of columns: see widen_columns.
-    __device__ void multiply_widened() {
+    __device__ void multiply_widened(int slot) {
         using Mma = Wgmma<fp16, kRows>;
         constexpr int kAhead = kScaled ? 1 : 2, kBatches = 8;  // of the quarter, of its blocks of 64 columns, of the tile's halves
-        const uint32_t weights = in_uniform_register(units_of(smem_address(Shared::weight_rows(message_.at()))));
+        const uint32_t weights = in_uniform_register(units_of(smem_address(Shared::weight_rows(slot))));
         const Ring<kQuarterSlots> right = quarters_.after(kScaled ? 0 : 1);
         mbarrier_wait(Shared::quarter_full(quarters_.at()), quarters_.phase());  // long complete
         if (!kScaled) mbarrier_wait(Shared::quarter_full(right.at()), right.phase());
@@ -166,7 +166,7 @@ class Values {
         wgmma_wait<0>();
 #pragma unroll
         for (int block = 0; block < 4; ++block) keep_in_order(o_[block]);
-        release_message();
+        if (!kMultipliersWeigh) release_message();
         warp_arrive_cluster(Shared::quarter_empty(quarters_.at()));
         if (!kScaled) warp_arrive_cluster(Shared::quarter_empty(right.at()));
     }

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scoring warpgroup of the 64-row kernel for fp8 caches: S^T = K Q^T, handed over as it is for the multipliers to weigh.
+// A warp has 16 tokens of S^T; its lane 4g + j holds tokens g and g + 8, rows 8i + 2j and 8i + 2j + 1.
+#pragma once
+
+#include "twowg_query_8bit.cuh"
+#include "twowg_tasks.cuh"
+#include "twowg_turned_product.cuh"
+
+class RawScorer : TurnedProduct {
+  public:
+    __device__ explicit RawScorer(const Params& p) : TurnedProduct(p) {}
+
+    __device__ void run() {
+        Tasks::begin();
+        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done())
+            if (step == Step::kAttend) attend();
+    }
+
+  private:
+    __device__ void attend() {
+        mbarrier_wait(Shared::query_full(), queries_++ & 1);
+        const Item& item = Tasks::item();
+        int tokens = min(item.seq_len, item.tile_end * kTile) - item.tile_begin * kTile;
+        if (tokens > 0) {
+            widen_query(p_, items_++ % kScalesSlots);
+            named_barrier_sync(kScorerBarrier, kWarpgroup);
+        }
+#pragma unroll 1
+        for (; tokens > 0; tokens -= kTile) {
+            float s[32];
+            score(s);
+            if (tokens < kTile) clear_rows_from(quarters_, tokens);
+            mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
+            put_scores(s);
+            __syncwarp();
+            warp_arrive(Shared::message_full(message_.at()));
+            message_.advance();
+        }
+        warp_arrive(Shared::query_empty());
+    }
+
+    __device__ void put_scores(const float (&s)[32]) const {
+        const unsigned thread = thread_anew(), lane = thread % kWarp;
+        float* to = Shared::scores(thread / kWarp % 4 * 16 + lane / 4) + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                *reinterpret_cast<float2*>(to + half * 8 * (kScoresPitch / 4) + i * 8) = {s[4 * i + 2 * half],
+                                                                                         s[4 * i + 2 * half + 1]};
+    }
+
+    unsigned queries_ = 0, items_ = 0;
+    Ring<kMessageSlots> message_;
+};
