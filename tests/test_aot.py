@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels compile ahead of time for every architecture we name, with both Triton versions, without a GPU."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from aot_run import compile_cases
 
 from vllm_fusedmla.kernels.select import select_sparse
 
 pytest.importorskip("triton")
 
-HERE = pathlib.Path(__file__).parent
 OPTIN_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 DECODE: list[dict] = [
@@ -40,21 +34,11 @@ OTHERS: list[dict] = [
 ]
 
 
-def compile_cases(cases: list[dict], env: dict[str, str], alt: pathlib.Path | None) -> list[dict]:
-    path = [str(HERE.parent)] + ([str(alt)] if alt else [])
-    env = env | {"PYTHONPATH": os.pathsep.join(path + [env.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, HERE / "aot.py"], input=json.dumps(cases), capture_output=True, text=True, env=env
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
 @pytest.fixture(params=["own", "second"])
 def compiler(request, child_env):
     """compile_cases with this environment's Triton, and with the second one."""
     alt = request.getfixturevalue("triton_alt") if request.param == "second" else None
-    return lambda cases: compile_cases(cases, child_env, alt)
+    return lambda cases: compile_cases("aot.py", cases, child_env, alt)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 120])

@@ -1,18 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The indexer's and the top-k kernels compile ahead of time with both Triton versions, within each GPU's limits."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from aot_run import compile_cases
 
 pytest.importorskip("triton")
 from vllm_fusedmla.kernels.shared_bins import BINS_BYTES  # noqa: E402
 
-HERE = pathlib.Path(__file__).parent
 OPTIN_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 HOPPER: list[dict] = [
     *({"kernel": "paged", "heads": heads, "s_q": s_q} for heads in (32, 64) for s_q in (1, 2, 4)),
@@ -35,22 +29,13 @@ LEAST_PROGRAMS = {1: 4, 2: 3, 4: 2}
 """Programs of the paged kernel with 64 heads that a Hopper multiprocessor must hold, by query rows a request."""
 
 
-def compile_cases(cases: list[dict], env: dict[str, str], alt: pathlib.Path | None) -> list[dict]:
-    path = [str(HERE.parent)] + ([str(alt)] if alt else [])
-    env = env | {"PYTHONPATH": os.pathsep.join(path + [env.get("PYTHONPATH", "")])}
-    program = HERE / "aot_indexer.py"
-    done = subprocess.run([sys.executable, program], input=json.dumps(cases), capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("triton_version", ["own", "second"])
 def test_every_kernel_compiles_fits_and_does_not_spill(triton_version, child_env, request):
     alt = request.getfixturevalue("triton_alt") if triton_version == "second" else None
     cases = [c | {"capability": 90} for c in HOPPER]
     cases += [c | {"capability": capability} for capability in (80, 89) for c in OTHERS]
     cases += [c | {"capability": capability} for capability in (100, 120) for c in OTHERS[:2]]
-    for case, report in zip(cases, compile_cases(cases, child_env, alt), strict=True):
+    for case, report in zip(cases, compile_cases("aot_indexer.py", cases, child_env, alt), strict=True):
         shared = report["shared"] + (BINS_BYTES if case["kernel"] == "topk" else 0)
         assert shared <= OPTIN_SHARED[case["capability"]], (case, report)
         assert report["registers"] <= 255 and report["stack"] == 0, (case, report)
