@@ -113,7 +113,7 @@ class Multiplier : Values<T> {
         bool first = true;
 #pragma unroll 1
         for (; left > after; left -= kTile, first = false) {
-            const bool cut = __any_sync(~0u, min(left - after, left - (p_.causal ? p_.s_q - 1 : 0)) < kTile);
+            const bool cut = is_cut(p_, left - after, left);
             receive();
             if (first) weigher_.take_scale();
             factors_at_ ^= 1;

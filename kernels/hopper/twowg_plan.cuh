@@ -282,6 +282,12 @@ __device__ inline void warp_arrive_cluster(uint32_t barrier) {
     }
 }
 
+// Whether some row does not attend to all tokens of the next span, of an item that has `tokens` more tokens and a request
+// that has `left`.
+__device__ inline bool is_cut(const Params& p, int tokens, int left) {
+    return __any_sync(~0u, min(tokens, left - (p.causal ? p.s_q - 1 : 0)) < kSpan);
+}
+
 // Rows past the end of a request hold whatever the page holds, or an older span: with weight 0, but 0 x NaN is NaN. By
 // the scoring warps, for the span before `next`.
 __device__ inline void clear_rows_from(const Ring<kQuarterSlots>& next, int first) {

@@ -27,7 +27,7 @@ class Scorer {
         int left = Tasks::item().seq_len - Tasks::item().tile_begin * kTile;  // tokens of the request
         const int after = max(Tasks::item().seq_len - Tasks::item().tile_end * kTile, 0);  // that are not of the item
         for (; left > after; left -= kSpan) {
-            const bool cut = is_cut(left - after, left);
+            const bool cut = is_cut(p_, left - after, left);  // before the scores, which take longer
             float s[kScores];
             product_.score(s, quarters_, rope_);
             release_held();
@@ -36,11 +36,6 @@ class Scorer {
         release_held();
         product_.release_query();
         finish(Tasks::item());
-    }
-
-    // Whether a row does not attend to all tokens of a span. Asked before the scores are made, which takes longer.
-    __device__ bool is_cut(int tokens, int left) const {
-        return __any_sync(~0u, min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kSpan);
     }
 
     // Masks and weighs the scores of a span and sends P. The item has `tokens` more tokens, the request `left`.

@@ -36,7 +36,7 @@ class TurnedScorer : TurnedProduct {
         int left = Tasks::item().seq_len - Tasks::item().tile_begin * kTile;  // tokens of the request
         const int after = max(Tasks::item().seq_len - Tasks::item().tile_end * kTile, 0);  // that are not of the item
         for (; left > after; left -= kTile) {
-            const bool cut = is_cut(left - after, left);
+            const bool cut = is_cut(p_, left - after, left);  // before the scores, which take longer
             float s[32];
             score_scaled(s, left - after);
             release_held();
@@ -45,11 +45,6 @@ class TurnedScorer : TurnedProduct {
         release_held();
         warp_arrive(Shared::query_empty());
         finish(Tasks::item());
-    }
-
-    // Whether a row does not attend to all tokens of a tile. Asked before the scores are made, which takes longer.
-    __device__ bool is_cut(int tokens, int left) const {
-        return __any_sync(~0u, min(tokens, left - (p_.causal ? p_.s_q - 1 : 0)) < kTile);
     }
 
     // Masks and weighs the scores of a tile and sends P. The item has `tokens` more tokens, the request `left`.
