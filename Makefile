@@ -6,7 +6,8 @@
 #   make test TORCH_INDEX_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
 # `make test` and `make wheel` insist on the CUDA kernels, for which pip fetches NVIDIA's compiler and which need a gcc;
 # FUSEDMLA_REQUIRE_CUBINS=0 makes them do without.
-# Variables: PYTHON, DEVICE=gpu|cpu, TORCH_INDEX_ARGS, PYTEST_ARGS, DEMO_ARGS, FUSEDMLA_REQUIRE_CUBINS.
+# Without a GPU the tests run in TEST_WORKERS processes, a file in one of them; with one they would wait for each other.
+# Variables: PYTHON, DEVICE=gpu|cpu, TORCH_INDEX_ARGS, TEST_WORKERS, PYTEST_ARGS, DEMO_ARGS, FUSEDMLA_REQUIRE_CUBINS.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,6 +15,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DEVICE ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then echo gpu; else echo cpu; fi)
 TORCH_INDEX_ARGS ?=
+TEST_WORKERS ?= $(if $(filter gpu,$(DEVICE)),0,2)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 FUSEDMLA_REQUIRE_CUBINS ?= 1
@@ -49,7 +51,7 @@ demo: $(STAMP) ## serve the shipped model with FUSEDMLA over HTTP and check its 
 
 test: cubins ## run all tests that this machine can run
 	FUSEDMLA_REQUIRE_CUBINS=$(FUSEDMLA_REQUIRE_CUBINS) FUSEDMLA_TRITON_ALT="$(CURDIR)/$(VENV)/triton-$(TRITON_ALT)" \
-	  $(BIN)/python -m pytest $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP) $(VENV)/.ready-lint ## ruff and mypy
 	$(VENV)/lint/bin/ruff check .

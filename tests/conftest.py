@@ -21,6 +21,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 RUN_SEED = int(os.environ.get("FUSEDMLA_TEST_SEED") or secrets.randbits(32))
+os.environ["FUSEDMLA_TEST_SEED"] = str(RUN_SEED)  # also that of pytest-xdist's workers, which are started from here
 
 
 def _count_gpus() -> int:
@@ -61,6 +62,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "vllm" not in item.path.name)  # the longest files first: the rest keeps all workers busy
     gpu_folder = REPO / "tests" / "gpu"
     for item in items:
         if gpu_folder in item.path.parents:
