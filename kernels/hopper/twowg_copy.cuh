@@ -11,9 +11,7 @@ class Copier {
     __device__ explicit Copier(const Params& p) : p_(p) {}
 
     __device__ void run() {
-        Tasks::begin();
-        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done())
-            if (step == Step::kAttend) copy_item(Tasks::item());
+        Tasks::for_items([&](const Item& item) { copy_item(item); });
     }
 
   private:

@@ -11,9 +11,7 @@ class Gatherer {
     __device__ explicit Gatherer(const Params& p) : p_(p), loader_(p) {}
 
     __device__ void run() {
-        Tasks::begin();
-        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done())
-            if (step == Step::kAttend) gather_item(Tasks::item());
+        Tasks::for_items([&](const Item& item) { gather_item(item); });
     }
 
   private:

@@ -19,11 +19,8 @@ class QueryLoader {
     __device__ explicit QueryLoader(const Params& p) : p_(p) {}
 
     __device__ void run() {
-        Tasks::begin();
         Ring<kQuarterSlots> ring;
-        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done()) {
-            if (step != Step::kAttend) continue;
-            const Item& item = Tasks::item();
+        Tasks::for_items([&](const Item& item) {
             if (kQueryQuarters > 0) mbarrier_wait(Shared::query_may_come(), queries_ & 1);
             look_up(item.request);
             if (kQueryQuarters > 0 || queries_ > 0) copy<true>(ring);  // the first one is not to be prefetched
@@ -41,7 +38,7 @@ class QueryLoader {
             __syncwarp();
             warp_arrive(Shared::query_full());
             ring.advance((kQueryQuarters + 4 * (item.tile_end - item.tile_begin)) % (2 * kQuarterSlots));
-        }
+        });
     }
 
     // By gathering warps: what goes through the ring, into its next slots, which are empty; the rest of it.
@@ -124,10 +121,7 @@ class RowLoader {
     __device__ explicit RowLoader(const Params& p) : p_(p) {}
 
     __device__ void run() {
-        Tasks::begin();
-        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done()) {
-            if (step != Step::kAttend) continue;
-            const Item& item = Tasks::item();
+        Tasks::for_items([&](const Item& item) {
             mbarrier_wait(Shared::query_may_come(), queries_++ & 1);
             for (int slot = warp(); slot < kQuerySlots; slot += kLoaders) copy_latent(item.request, slot);
             if (warp() == kLoaders - 1) copy_rope(item.request);
@@ -135,7 +129,7 @@ class RowLoader {
             const int spans = (item.tile_end - item.tile_begin + 1) / 2;
             quarters_.advance((kQuerySlots + 4 * spans) % (2 * kQuarterSlots));
             rope_.advance((1 + spans) % (kRopeSlots > 0 ? 2 * kRopeSlots : 1));
-        }
+        });
     }
 
   private:

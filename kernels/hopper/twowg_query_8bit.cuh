@@ -11,72 +11,75 @@ class QueryWidener {
   public:
     __device__ explicit QueryWidener(const Params& p, int slot) : slot_(slot), scale_log2_(p.scale_log2 * k_scale_of(p)) {}
 
-    // The 16 rows of a warp. The rope part of an fp8_ds_mla cache is bfloat16: so is the query's, which stays.
+    // Half of a row a lane: lane l has row l % 16 of the warp's, so that eight lanes, which access memory together, have
+    // eight rows, whose swizzle differs. No more code than that: what is fetched for the first time takes longer than it
+    // runs. The rope part of an fp8_ds_mla cache is bfloat16: so is the query's, which stays.
     __device__ void run() const {
-        const int warp = thread_anew() % kWarpgroup / kWarp;
-#pragma unroll 1
-        for (int first = warp * kWarpRows; first < (warp + 1) * kWarpRows; first += kTogether) widen(first);
+        const int lane = thread_anew() % kWarp, row = thread_anew() % kWarpgroup / kWarp * kWarpRows + lane % kWarpRows;
+        const int first = lane / kWarpRows * kPairsOfLane;
+        Two most = two(0);
+#pragma unroll 2
+        for (int i = 0; i < kPairsOfLane; ++i) {
+            const Pair pair = load(row, first + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) most = __hmax2(most, __habs2(two(pair.words[j])));
+        }
+        const uint32_t bits = reinterpret_cast<const uint32_t&>(most), larger = max(bits & 0xFFFF, bits >> 16);
+        const int exponent = exponent_of(max(larger, __shfl_xor_sync(~0u, larger, kWarpRows)));
+        if (lane < kWarpRows) Shared::row_scales(slot_)[row] = power_of_two(exponent) * scale_log2_;
+        const uint32_t scale = pack_16bit(power_of_two(-exponent), power_of_two(-exponent), IS_FP16);
+#pragma unroll 2
+        for (int i = 0; i < kPairsOfLane; ++i) {
+            Pair pair = load(row, first + i);
+            pair.widen(two(scale));
+            store(row, first + i, pair);
+        }
         fence_proxy_async();
     }
 
   private:
-    static constexpr int kWarpRows = kRows * kWarp / kWarpgroup, kTogether = 8;
+    static constexpr int kWarpRows = kRows * kWarp / kWarpgroup;
+    static constexpr int kPairsOfLane = (kLatent + (kScaled ? 0 : kRope)) / 16 / (kWarp / kWarpRows);
+
+    using Two = std::conditional_t<IS_FP16, __half2, __nv_bfloat162>;
+    static __device__ Two two(uint32_t bits) { return reinterpret_cast<const Two&>(bits); }
 
     struct Pair {  // 16 elements: two units of a row
-        uint4 bits[2];
-        __device__ uint32_t most() const { return max(largest_16bit(bits[0]), largest_16bit(bits[1])); }
-        __device__ void widen(float scale) {
-            float a[8], b[8];
-            unpack(bits[0], IS_FP16, a);
-            unpack(bits[1], IS_FP16, b);
-            to_widened_order(a, b, scale, bits);
-        }
-        __device__ void swap_if(bool yes) {
-            const uint4 first = bits[0];
-            bits[0] = yes ? bits[1] : first, bits[1] = yes ? first : bits[1];
+        uint32_t words[8];
+        // As fp16, in the order of to_widened_order.
+        __device__ void widen(Two scale) {
+            uint32_t wide[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const Two scaled = __hmul2(two(words[i]), scale);
+                const uint32_t bits = reinterpret_cast<const uint32_t&>(scaled);
+                wide[i % 2 * 4 + i / 2] =
+                    IS_FP16 ? bits : pack_16bit(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000), true);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) words[i] = wide[i];
         }
     };
-
-    // Of the magnitude's bits, and not 0.
-    static __device__ float number(uint32_t bits) {
-        return fmaxf(IS_FP16 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(bits << 16), 1e-30f);
-    }
 
     static __device__ uint4& unit(int row, int index) {
         return *reinterpret_cast<uint4*>(shared_memory + kQueryAt + offset_of_unit<kRows>(row, index));
     }
-
-    // The latent elements of a row at a time, of the rope part those of eight rows together, a pair a lane. Of eight
-    // lanes half begin with their second unit, against bank conflicts.
-    __device__ void widen(int first) const {
-        const int lane = thread_anew() % kWarp, rope_row = first + lane / 4, rope_unit = 64 + lane % 4 * 2;
-        const bool swapped = lane & 4;
-        Pair rope;
-        uint32_t most_rope = 0;
-        if constexpr (!kScaled) {
-            rope = {unit(rope_row, rope_unit), unit(rope_row, rope_unit + 1)};
-            most_rope = rope.most();
-            most_rope = max(most_rope, __shfl_xor_sync(~0u, most_rope, 1));
-            most_rope = max(most_rope, __shfl_xor_sync(~0u, most_rope, 2));
-        }
-        int rope_exponent = 0;
-#pragma unroll 2  // code that is fetched for the first time takes longer than it runs
-        for (int i = 0; i < kTogether; ++i) {
-            Pair pair = {unit(first + i, 2 * lane + swapped), unit(first + i, 2 * lane + !swapped)};
-            const uint32_t most = max(__reduce_max_sync(~0u, pair.most()), __shfl_sync(~0u, most_rope, i * 4));
-            const int exponent = exponent_over(number(most));
-            if (lane / 4 == i) rope_exponent = exponent;
-            pair.swap_if(swapped);
-            pair.widen(exp2f(float(-exponent)));
-            pair.swap_if(swapped);
-            unit(first + i, 2 * lane + swapped) = pair.bits[0], unit(first + i, 2 * lane + !swapped) = pair.bits[1];
-        }
-        if (lane % 4 == 0) Shared::row_scales(slot_)[rope_row] = exp2f(float(rope_exponent)) * scale_log2_;
-        if constexpr (!kScaled) {
-            rope.widen(exp2f(float(-rope_exponent)));
-            unit(rope_row, rope_unit) = rope.bits[0], unit(rope_row, rope_unit + 1) = rope.bits[1];
-        }
+    static __device__ Pair load(int row, int index) {
+        const uint4 a = unit(row, 2 * index), b = unit(row, 2 * index + 1);
+        return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
     }
+    static __device__ void store(int row, int index, const Pair& pair) {
+        const uint32_t(&w)[8] = pair.words;
+        unit(row, 2 * index) = {w[0], w[1], w[2], w[3]};
+        unit(row, 2 * index + 1) = {w[4], w[5], w[6], w[7]};
+    }
+
+    // Of the largest magnitude's bits. Its power of two and the inverse are numbers of the query's format.
+    static __device__ int exponent_of(uint32_t bits) {
+        const int exponent = exponent_over(IS_FP16 ? __half2float(__ushort_as_half(bits)) : __uint_as_float(bits << 16));
+        return min(max(exponent, IS_FP16 ? -14 : -100), IS_FP16 ? 16 : 126);
+    }
+    static __device__ float power_of_two(int exponent) { return __int_as_float(127 + exponent << 23); }
 
     const int slot_;  // of the scales
     const float scale_log2_;

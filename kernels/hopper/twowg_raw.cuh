@@ -12,15 +12,12 @@ class RawScorer : TurnedProduct {
     __device__ explicit RawScorer(const Params& p) : TurnedProduct(p) {}
 
     __device__ void run() {
-        Tasks::begin();
-        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done())
-            if (step == Step::kAttend) attend();
+        Tasks::for_items([&](const Item& item) { attend(item); });
     }
 
   private:
-    __device__ void attend() {
+    __device__ void attend(const Item& item) {
         mbarrier_wait(Shared::query_full(), queries_++ & 1);
-        const Item& item = Tasks::item();
         int tokens = min(item.seq_len, item.tile_end * kTile) - item.tile_begin * kTile;
         if (tokens > 0) {
             widen_query(p_, items_++ % kScalesSlots);

@@ -14,9 +14,7 @@ class Scorer {
     __device__ explicit Scorer(const Params& p) : p_(p), product_(p) {}
 
     __device__ void run() {
-        Tasks::begin();
-        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done())
-            if (step == Step::kAttend) attend();
+        Tasks::for_items([&](const Item&) { attend(); });
     }
 
   private:

@@ -104,6 +104,13 @@ struct Tasks {
         mbarrier_wait(Shared::task_full(place.at()), place.phase());
         return Shared::task(place.at()).step;
     }
+    // Calls attend(item) for every item of this program, one after the other. Merging is the multipliers' business.
+    template <typename Attend>
+    static __device__ void for_items(const Attend& attend) {
+        begin();
+        for (Step step; (step = wait()) != Step::kEnd; done())
+            if (step == Step::kAttend) attend(item());
+    }
     static __device__ const Item& item() { return Shared::task(Shared::place_in_tasks().at()).item; }
     static __device__ void done() {
         Ring<kTaskSlots> place = Shared::place_in_tasks();

@@ -19,9 +19,7 @@ class TurnedScorer : TurnedProduct {
     __device__ explicit TurnedScorer(const Params& p) : TurnedProduct(p) {}
 
     __device__ void run() {
-        Tasks::begin();
-        for (Step step; (step = Tasks::wait()) != Step::kEnd; Tasks::done())
-            if (step == Step::kAttend) attend();
+        Tasks::for_items([&](const Item&) { attend(); });
     }
 
   private:

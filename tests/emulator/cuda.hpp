@@ -40,12 +40,33 @@ inline To bits_as(From from) {
 struct __half { _Float16 value; };
 struct __half2 { __half x, y; };
 struct __nv_bfloat16 { uint16_t bits; };
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
 
 inline float __half2float(__half x) { return x.value; }
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
 inline __half __ushort_as_half(uint16_t bits) { return bits_as<__half>(bits); }
 inline float2 __half22float2(__half2 x) { return {x.x.value, x.y.value}; }
-inline __half2 __hmul2(__half2 a, __half2 b) { return {{_Float16(a.x.value * b.x.value)}, {_Float16(a.y.value * b.y.value)}}; }
+
+inline float number(__half x) { return x.value; }
+inline float number(__nv_bfloat16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
+inline void round_to(__half& to, float x) { to.value = _Float16(x); }
+inline void round_to(__nv_bfloat16& to, float x) {
+    const uint32_t bits = bits_as<uint32_t>(x);
+    to.bits = x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+template <typename Two, typename Act>
+inline Two each_of_two(Two a, Two b, const Act& act) {
+    Two result;
+    round_to(result.x, act(number(a.x), number(b.x)));
+    round_to(result.y, act(number(a.y), number(b.y)));
+    return result;
+}
+template <typename Two>
+inline Two __habs2(Two a) { return bits_as<Two>(bits_as<uint32_t>(a) & 0x7FFF7FFF); }
+template <typename Two>
+inline Two __hmax2(Two a, Two b) { return each_of_two(a, b, [](float x, float y) { return std::fmax(x, y); }); }
+template <typename Two>
+inline Two __hmul2(Two a, Two b) { return each_of_two(a, b, [](float x, float y) { return x * y; }); }
 
 inline float __uint_as_float(uint32_t bits) { return bits_as<float>(bits); }
 inline float __int_as_float(int bits) { return bits_as<float>(bits); }
