@@ -97,7 +97,7 @@ _FEW_TILES_TABLE = (
     (_SIXTEEN_BIT, 16, 5, 5),
     (_SIXTEEN_BIT, 32, 7, 7),
     (_FP8, 16, 10, 10),
-    (_FP8, 32, 18, 11),
+    (_FP8, 32, 8, 11),
     (_DS_MLA, 16, 22, 22),
 )
 """Where batches of more than 32 rows a request are so small that the swap-AB kernel is faster than the 64-row one,

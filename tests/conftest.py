@@ -62,7 +62,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "vllm" not in item.path.name)  # the longest files first: the rest keeps all workers busy
+    items.sort(key=lambda item: "vllm" not in item.path.name)  # the longest files first, so that workers end together
     gpu_folder = REPO / "tests" / "gpu"
     for item in items:
         if gpu_folder in item.path.parents:

@@ -20,6 +20,7 @@ class Copier {
     __device__ void copy_item(const Item& item) {
         const int lane = threadIdx.x % kWarp;
         if (kQuerySlots > 0) let_query_come();
+        else if (items_++ == 0) mbarrier_wait(Shared::query_full(), 0);  // it is needed first, so it shall not come last
         const int boxes = kSpan / box_tokens();  // of a span
         const int ahead = kWarp / boxes;         // spans whose pages the warp looks up at once
         const int end = min(item.seq_len, item.tile_end * kTile);
