@@ -62,9 +62,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "vllm" not in item.path.name)  # the longest files first, so that workers end together
+    # A file's tests stay together in a process, and so do all that serve with vLLM: two engines at a time would fight for
+    # the cores. They come first, for they take longest.
+    items.sort(key=lambda item: "vllm" not in item.path.name)
     gpu_folder = REPO / "tests" / "gpu"
     for item in items:
+        item.add_marker(pytest.mark.xdist_group("vllm" if "vllm" in item.path.name else str(item.path)))
         if gpu_folder in item.path.parents:
             item.add_marker(pytest.mark.gpu)
         if NUM_GPUS == 0 and item.get_closest_marker("gpu"):

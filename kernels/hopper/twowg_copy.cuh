@@ -6,6 +6,10 @@
 #include "twowg_copy_partial.cuh"
 #include "twowg_query.cuh"
 
+// Where queries do not come through the ring: the first is needed before any tile, and would come after all that fit the
+// ring. There cannot be another one before its item's tiles.
+__device__ inline void wait_for_first_query() { mbarrier_wait(Shared::query_full(), 0); }
+
 class Copier {
   public:
     __device__ explicit Copier(const Params& p) : p_(p) {}
@@ -20,11 +24,11 @@ class Copier {
     __device__ void copy_item(const Item& item) {
         const int lane = threadIdx.x % kWarp;
         if (kQuerySlots > 0) let_query_come();
-        else if (items_++ == 0) mbarrier_wait(Shared::query_full(), 0);  // it is needed first, so it shall not come last
         const int boxes = kSpan / box_tokens();  // of a span
         const int ahead = kWarp / boxes;         // spans whose pages the warp looks up at once
-        const int end = min(item.seq_len, item.tile_end * kTile);
-        for (int first = item.tile_begin * kTile; first < end; first += ahead * kSpan) {
+        const int begin = item.tile_begin * kTile, end = min(item.seq_len, item.tile_end * kTile);
+        if (kQuerySlots == 0 && items_++ == 0 && begin < end) wait_for_first_query();
+        for (int first = begin; first < end; first += ahead * kSpan) {
             const int mine = first + lane / boxes * kSpan, token = mine + lane % boxes * box_tokens();
             const int entry = divide(token, p_.page_size), group = (token - entry * p_.page_size) / 8;
             const bool live = token < end;

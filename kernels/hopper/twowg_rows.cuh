@@ -20,7 +20,7 @@ class RowCopier {
         constexpr int kGroups = kTile / kGroup, kAhead = kWarp / kGroups;
         const int end = min(item.seq_len, item.tile_end * kTile);
         const int* table = p_.block_table + item.request * p_.table_stride;
-        if (items_++ == 0) mbarrier_wait(Shared::query_full(), 0);  // see Copier
+        if (items_++ == 0 && item.tile_begin * kTile < end) wait_for_first_query();
         for (int first = item.tile_begin; first < item.tile_end; first += kAhead) {
             const int mine = first + lane() / kGroups, token = mine * kTile + lane() % kGroups * kGroup;
             const int entry = divide(token, p_.page_size), rows = min(end - token, kGroup);
