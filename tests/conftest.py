@@ -62,8 +62,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # A file's tests stay together in a process, and so do all that serve with vLLM: two engines at a time would fight for
-    # the cores. They come first, for they take longest.
+    # A file's tests stay together in a process, and so do all that serve with vLLM: two engines at a time would fight
+    # for the cores. They come first, for they take longest.
     items.sort(key=lambda item: "vllm" not in item.path.name)
     gpu_folder = REPO / "tests" / "gpu"
     for item in items:
