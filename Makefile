@@ -6,7 +6,7 @@
 #   make test TORCH_INDEX_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
 # `make test` and `make wheel` insist on the CUDA kernels, for which pip fetches NVIDIA's compiler and which need a gcc;
 # FUSEDMLA_REQUIRE_CUBINS=0 makes them do without.
-# Without a GPU the tests run in TEST_WORKERS processes (tests/conftest.py says which where); with one they do not.
+# Without a GPU the tests run in TEST_WORKERS processes, each file in one of them; with one they do not.
 # Variables: PYTHON, DEVICE=gpu|cpu, TORCH_INDEX_ARGS, TEST_WORKERS, PYTEST_ARGS, DEMO_ARGS, FUSEDMLA_REQUIRE_CUBINS.
 
 SHELL := /bin/bash
@@ -51,7 +51,7 @@ demo: $(STAMP) ## serve the shipped model with FUSEDMLA over HTTP and check its 
 
 test: cubins ## run all tests that this machine can run
 	FUSEDMLA_REQUIRE_CUBINS=$(FUSEDMLA_REQUIRE_CUBINS) FUSEDMLA_TRITON_ALT="$(CURDIR)/$(VENV)/triton-$(TRITON_ALT)" \
-	  $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP) $(VENV)/.ready-lint ## ruff and mypy
 	$(VENV)/lint/bin/ruff check .

@@ -61,14 +61,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"FUSEDMLA_TEST_SEED={RUN_SEED}, GPUs: {NUM_GPUS}, kernels run {kernels}, second Triton: {alt}"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # A file's tests stay together in a process, and so do all that serve with vLLM: two engines at a time would fight
-    # for the cores. They come first, for they take longest.
-    items.sort(key=lambda item: "vllm" not in item.path.name)
     gpu_folder = REPO / "tests" / "gpu"
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("vllm" if "vllm" in item.path.name else item.path.name))
         if gpu_folder in item.path.parents:
             item.add_marker(pytest.mark.gpu)
         if NUM_GPUS == 0 and item.get_closest_marker("gpu"):
