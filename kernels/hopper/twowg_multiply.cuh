@@ -114,6 +114,7 @@ class Multiplier : Values<T> {
 #pragma unroll 1
         for (; left > after; left -= kTile, first = false) {
             const bool cut = is_cut(p_, left - after, left);
+            if (first) this->let_score();
             receive();
             if (first) weigher_.take_scale();
             factors_at_ ^= 1;
@@ -122,7 +123,7 @@ class Multiplier : Values<T> {
                 message_.advance();
             };
             if (weigher_.weigh(factors_at_, cut, left - after, left, taken)) scale_by_factors();
-            this->add(factors_at_);
+            this->add(factors_at_, left - after > kTile);
             quarters_.advance(kParts);
         }
         weigher_.finish(item);

@@ -15,6 +15,9 @@
 #ifndef FUSEDMLA_EARLY_B
 #define FUSEDMLA_EARLY_B (kMultipliersWeigh ? 8 : kWidens ? 0 : kCluster == 1 ? 4 : 0)
 #endif
+#ifndef FUSEDMLA_NEXT_SCORES  // the part of a tile's PV after which the scorer may begin with the next but one
+#define FUSEDMLA_NEXT_SCORES 5
+#endif
 #ifndef FUSEDMLA_LAZY  // the reference maximum moves only if a score exceeds it by more (base 2); 0: whenever it can
 #define FUSEDMLA_LAZY (kE4m3 ? 1 : 8)
 #endif
@@ -106,8 +109,8 @@ constexpr int kRopeAt = kQuarterSlots * kQuarterBytes;
 constexpr int kQueryAt = kRopeAt + kRopeSlots * kRopeBytes;  // the quarters that are not in registers, then rope
 constexpr int kWeightsAt = kQueryAt + (4 - kQueryQuarters) * kQueryQuarterBytes + kRows * kRope * kOperandBytes;
 constexpr int kWeightBytes = kRows * kSpan * kOperandBytes;
-// Scores as they are handed over, a row for each token; longer than 64, so that stores of several tokens do not conflict.
-constexpr int kScoresPitch = (kRows + 8) * 4, kScoreBytes = kMultipliersWeigh ? kTile * kScoresPitch : 0;
+// Scores as they are handed over, row by row; longer than 64, so that neither stores nor loads conflict.
+constexpr int kScoresPitch = (kTile + 4) * 4, kScoreBytes = kMultipliersWeigh ? kRows * kScoresPitch : 0;
 constexpr int kScoresAt = kWeightsAt + kWeightSlots * kWeightBytes;
 constexpr int kFactorsAt = kScoresAt + kScoreBytes;
 constexpr int kFactorBytes = kRows * 4;
@@ -121,7 +124,7 @@ constexpr int kValidSlots = 2 * (kScaled ? kQuarterSlots : kRopeSlots), kTasksAt
 constexpr int kFeederAt = kTasksAt + kTaskSlots * sizeof(Task), kFeederBytes = 96;
 constexpr int kRestingAt = kFeederAt + kFeederBytes;
 constexpr int kBarriersAt = kRestingAt + kThreads / kWarp * 4;
-constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 3;
+constexpr int kBarriers = 2 * (kQuarterSlots + kRopeSlots + kTaskSlots) + 3 * kMessageSlots + 3 + 2;
 constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;
 static_assert(kSharedBytes <= 227 * 1024);
 static_assert(kFeederAt % 8 == 0 && kBarriersAt % 8 == 0);
@@ -163,6 +166,8 @@ class Ring {
 //   at the end of an item the factors that normalise them; or, of fp8 caches, a tile's scores. `go` lets them do what they
 //   hold back of it; it comes with the next message at the latest. That of slot 1 is one round ahead, for it also comes
 //   before the first message.
+// - may score: of fp8 caches, where scores are handed over as they are: lets the scorer begin with a tile, in turns, for it
+//   would always be a tile ahead, and then compete for the tensor cores with PV instead of having them during the softmax.
 // - task: what the schedule has for this program, see twowg_tasks.cuh.
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
@@ -187,8 +192,8 @@ struct Shared {
     static __device__ float* row_scales(int slot = 0) {
         return reinterpret_cast<float*>(shared_memory + kRowScalesAt) + slot * kRows;
     }
-    static __device__ float* scores(int token) {
-        return reinterpret_cast<float*>(shared_memory + kScoresAt + token * kScoresPitch);
+    static __device__ float* scores(int row) {
+        return reinterpret_cast<float*>(shared_memory + kScoresAt + row * kScoresPitch);
     }
     // Of widened tiles: for each row of the query something of each scoring warp's; what its scores are related to.
     static __device__ float4* of_warps() { return reinterpret_cast<float4*>(shared_memory + kExchangeAt); }
@@ -219,6 +224,7 @@ struct Shared {
     static __device__ uint32_t query_full() { return rope_full(2 * kRopeSlots); }
     static __device__ uint32_t query_may_come() { return rope_full(2 * kRopeSlots + 2); }
     static __device__ uint32_t query_empty() { return rope_full(2 * kRopeSlots + 1); }
+    static __device__ uint32_t may_score(int turn) { return rope_full(2 * kRopeSlots + 3 + turn); }
 
     // By the first lane of every warp: an initialisation takes as long as a load, one after the other.
     static __device__ void init_barriers() {
@@ -242,6 +248,8 @@ struct Shared {
             mbarrier_init(query_full(), kMultipliersLoad ? kMultiplierWarps : kGather ? kLoaders * kWarp : kLoaders);
             mbarrier_init(query_empty(), kScorerWarps);
             mbarrier_init(query_may_come(), 1);
+            mbarrier_init(may_score(0), kMultiplierWarps);
+            mbarrier_init(may_score(1), kMultiplierWarps);
         }
         for (int i = warp - kTaskSlots - 1; 0 <= i && i < kMessageSlots; i += kWarps) {
             mbarrier_init(message_full(i), kScorerWarps);

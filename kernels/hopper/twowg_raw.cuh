@@ -26,6 +26,8 @@ class RawScorer : TurnedProduct {
 #pragma unroll 1
         for (; tokens > 0; tokens -= kTile) {
             float s[32];
+            if (tiles_ > 0) mbarrier_wait(Shared::may_score(tiles_ % 2), tiles_ / 2 - 1 + tiles_ % 2 & 1);
+            ++tiles_;
             score(s);
             if (tokens < kTile) clear_rows_from(quarters_, tokens);
             mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
@@ -37,17 +39,17 @@ class RawScorer : TurnedProduct {
         warp_arrive(Shared::query_empty());
     }
 
+    // A lane's two tokens of a row lie side by side.
     __device__ void put_scores(const float (&s)[32]) const {
         const unsigned thread = thread_anew(), lane = thread % kWarp;
-        float* to = Shared::scores(thread / kWarp % 4 * 16 + lane / 4) + lane % 4 * 2;
+        float* to = Shared::scores(lane % 4 * 2) + thread / kWarp % 4 * 16 + lane / 4 * 2;
 #pragma unroll
         for (int i = 0; i < 8; ++i)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                *reinterpret_cast<float2*>(to + half * 8 * (kScoresPitch / 4) + i * 8) = {s[4 * i + 2 * half],
-                                                                                         s[4 * i + 2 * half + 1]};
+            for (int row = 0; row < 2; ++row)
+                *reinterpret_cast<float2*>(to + (i * 8 + row) * (kScoresPitch / 4)) = {s[4 * i + row], s[4 * i + row + 2]};
     }
 
-    unsigned queries_ = 0, items_ = 0;
+    unsigned queries_ = 0, items_ = 0, tiles_ = 0;
     Ring<kMessageSlots> message_;
 };

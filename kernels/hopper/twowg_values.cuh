@@ -13,12 +13,13 @@ class Values {
         if (kParts == 4 && half() == 1) quarters_.advance(2);
     }
 
-    // The message that comes next, of a span; or the weights in a slot, which the multipliers have made themselves.
-    __device__ void add(int weights = 0) {
+    // The message that comes next, of a span; or the weights in a slot, which the multipliers have made themselves, and
+    // `more` of the item's tiles follow.
+    __device__ void add(int weights = 0, bool more = false) {
         if constexpr (kE4m3)
             multiply_e4m3();
         else if constexpr (kWidens)
-            multiply_widened(kMultipliersWeigh ? weights : message_.at());
+            multiply_widened(kMultipliersWeigh ? weights : message_.at(), more);
         else
             multiply();
     }
@@ -31,6 +32,9 @@ class Values {
         __syncwarp();
         warp_arrive(Shared::message_empty(message_.at()));
     }
+
+    // The tile after the next message's.
+    __device__ void let_score() const { warp_arrive(Shared::may_score(message_.phase() ^ 1)); }
 
     static constexpr int kPart = kTurned ? 64 / 2 : 128 / 2;  // registers of O for the columns of one instruction
 
@@ -115,7 +119,7 @@ class Values {
 
     // O^T += V^T P^T with V widened to fp16, 64 columns x 32 tokens at a time; one such part is widened while the last is
     // multiplied. Bytes are transposed as pairs of columns: see widen_columns.
-    __device__ void multiply_widened(int slot) {
+    __device__ void multiply_widened(int slot, bool more) {
         using Mma = Wgmma<fp16, kRows>;
         constexpr int kAhead = kScaled ? 1 : 2, kBatches = 8;  // of the quarter, of its blocks of 64 columns, of the tile's halves
         const uint32_t weights = in_uniform_register(units_of(smem_address(Shared::weight_rows(slot))));
@@ -160,6 +164,7 @@ class Values {
                 Mma::registers(o_[batch / 2], a[batch % (kInFlight + 1)][step],
                                descriptor<kAtomBytes>(weights + (batch % 2 * 2 + step) * 2), true);
             wgmma_commit();
+            if (kMultipliersWeigh && batch == FUSEDMLA_NEXT_SCORES && more) let_score();
             if (batch + kAhead < kBatches) load(batch + kAhead);  // after the products: ptxas waits for it as early as it can
             wgmma_wait<kInFlight>();
         }
