@@ -84,7 +84,7 @@ def decode_plans(
     portable: bool = False,
 ) -> set[DecodePlan]:
     """Every plan that `decode_plan` gives for some number of tiles."""
-    blocks = () if batch_invariant else few_blocks(s_q * h_q, cache_format)
+    blocks = () if batch_invariant else few_blocks(s_q * h_q, cache_format, fp8_mma)
     shape = s_q, h_q, cache_format, device, batch_invariant, fp8_mma, portable
     return {_decode_plan(*shape, few) for few in (None, *blocks)}
 

@@ -97,11 +97,13 @@ _FEW_TILES_TABLE = (
     (_SIXTEEN_BIT, 16, 5, 5),
     (_SIXTEEN_BIT, 32, 7, 7),
     (_FP8, 16, 10, 10),
-    (_FP8, 32, 8, 11),
+    (_FP8, 32, 8, 8),
+    (_FP8, 64, 0, 12),
     (_DS_MLA, 16, 22, 22),
 )
 """Where batches of more than 32 rows a request are so small that the swap-AB kernel is faster than the 64-row one,
-though each of its blocks reads the cache again. The first row that fits wins."""
+though each of its blocks reads the cache again; a block of 64 rows: where the 64-row kernel is faster without rounding
+to e4m3 than with it. The first row that fits wins."""
 _FIXED_TILES = 3, 5
 """What an item of a Hopper kernel costs beside its tiles, in tiles of 16-bit caches and of 8-bit ones: by the times of
 ragged batches."""
@@ -121,13 +123,14 @@ def _few_limits(rows: int, cache_format: str) -> list[tuple[int, list[int]]]:
     return fitting if rows > _BLOCKS[-1] else []
 
 
-def few_blocks(rows: int, cache_format: str) -> tuple[int, ...]:
+def few_blocks(rows: int, cache_format: str, fp8_mma: bool = False) -> tuple[int, ...]:
     """All that `few_rows` may answer but None."""
-    return tuple(block for block, _ in _few_limits(rows, cache_format))
+    return tuple(block for block, most in _few_limits(rows, cache_format) if most[fp8_mma] > 0)
 
 
 def few_rows(rows: int, cache_format: str, tiles: int, num_sms: int, fp8_mma: bool = False) -> int | None:
-    """Query rows of a block of the swap-AB kernel where it serves a small batch better than the 64-row kernel, or None.
+    """Query rows of a block of the kernel that serves a small batch better than the usual one, or None: 16 or 32 of the
+    swap-AB kernel's, or 64 of the kernel that does not round to e4m3.
 
     Args:
         rows, cache_format, fp8_mma: as of `select_decode`.
@@ -167,10 +170,11 @@ def select_decode(
     if hopper and arch == (9, 0):
         for caches, most_rows, (kernel, block_h) in _HOPPER_TABLE:
             if cache_format in caches and rows <= most_rows:
-                kernel = "twowg_e4m3" if kernel == "twowg" and cache_format == "fp8" and fp8_mma else kernel
                 reason = f"compute capability 9.0, {rows} query rows a request, {cache_format} cache"
                 if few is not None:
-                    kernel, block_h, reason = "swapab", few, f"{reason}, few tiles"
+                    kernel, block_h, reason = "swapab" if few in _BLOCKS else kernel, few, f"{reason}, few tiles"
+                elif kernel == "twowg" and cache_format == "fp8" and fp8_mma:
+                    kernel = "twowg_e4m3"
                 fixed = _FIXED_TILES[cache_format not in _SIXTEEN_BIT]
                 return DecodeConfig(kernel, block_h, HOPPER_TILE, _HOPPER_WARPS, 0, 1, fixed, 1, reason)
     return select_portable(arch, rows, cache_format)
