@@ -93,17 +93,17 @@ _HOPPER_SPARSE_TABLE = (
 """The last column: up to so many, the swap-AB kernel with blocks of 16 heads is faster. Each gathers a list again, but
 more of the GPU takes part. Measured with 64 heads and 1 to 8 tokens, with 32 and 128 heads and one token."""
 _FEW_TILES_TABLE = (
-    # caches | query rows of a block | most tiles of all blocks together for each multiprocessor; the same beside e4m3
-    (_SIXTEEN_BIT, 16, 5, 5),
-    (_SIXTEEN_BIT, 32, 7, 7),
-    (_FP8, 16, 10, 10),
-    (_FP8, 32, 8, 8),
-    (_FP8, 64, 0, 12),
-    (_DS_MLA, 16, 22, 22),
+    # caches | query rows of a block | most tiles of all blocks together for each multiprocessor
+    (_SIXTEEN_BIT, 16, 5),
+    (_SIXTEEN_BIT, 32, 7),
+    (_FP8, 16, 10),
+    (_FP8, 32, 8),
+    (_FP8, 64, 12),
+    (_DS_MLA, 16, 22),
 )
 """Where batches of more than 32 rows a request are so small that the swap-AB kernel is faster than the 64-row one,
-though each of its blocks reads the cache again; a block of 64 rows: where the 64-row kernel is faster without rounding
-to e4m3 than with it. The first row that fits wins."""
+though each of its blocks reads the cache again; a block of 64 rows: where that one is faster without rounding to e4m3
+than with it, if it may. The first row that fits wins."""
 _FIXED_TILES = 3, 5
 """What an item of a Hopper kernel costs beside its tiles, in tiles of 16-bit caches and of 8-bit ones: by the times of
 ragged batches."""
@@ -117,15 +117,17 @@ LARGEST_TILE = max(HOPPER_TILE, *(values[1] for *_, values in _TABLE))
 """Tokens of the largest KV tile: pages of a multiple of it hold whole tiles of every kernel."""
 
 
-def _few_limits(rows: int, cache_format: str) -> list[tuple[int, list[int]]]:
+def _few_limits(rows: int, cache_format: str, fp8_mma: bool) -> list[tuple[int, int]]:
     """Blocks and most tiles of `_FEW_TILES_TABLE` that concern a call; none where one block holds its rows anyway."""
-    fitting = [(block, most) for caches, block, *most in _FEW_TILES_TABLE if cache_format in caches]
-    return fitting if rows > _BLOCKS[-1] else []
+    if rows <= _BLOCKS[-1]:
+        return []
+    blocks = (*_BLOCKS, 64) if fp8_mma else _BLOCKS
+    return [(block, most) for caches, block, most in _FEW_TILES_TABLE if cache_format in caches and block in blocks]
 
 
 def few_blocks(rows: int, cache_format: str, fp8_mma: bool = False) -> tuple[int, ...]:
     """All that `few_rows` may answer but None."""
-    return tuple(block for block, most in _few_limits(rows, cache_format) if most[fp8_mma] > 0)
+    return tuple(block for block, _ in _few_limits(rows, cache_format, fp8_mma))
 
 
 def few_rows(rows: int, cache_format: str, tiles: int, num_sms: int, fp8_mma: bool = False) -> int | None:
@@ -137,8 +139,8 @@ def few_rows(rows: int, cache_format: str, tiles: int, num_sms: int, fp8_mma: bo
         tiles: most KV tiles of the batch, of 64 tokens.
         num_sms: multiprocessors of the GPU.
     """
-    for block, most in _few_limits(rows, cache_format):
-        if tiles * -(-rows // block) <= most[fp8_mma] * num_sms:
+    for block, most in _few_limits(rows, cache_format, fp8_mma):
+        if tiles * -(-rows // block) <= most * num_sms:
             return block
     return None
 

@@ -26,6 +26,7 @@ class RawScorer : TurnedProduct {
 #pragma unroll 1
         for (; tokens > 0; tokens -= kTile) {
             float s[32];
+            // The first needs no leave; tile n's is number (n - 1) / 2 of its barrier.
             if (tiles_ > 0) mbarrier_wait(Shared::may_score(tiles_ % 2), tiles_ / 2 - 1 + tiles_ % 2 & 1);
             ++tiles_;
             score(s);
