@@ -27,7 +27,7 @@ class Gatherer {
         } else {
             const Ring<kQuarterSlots> slots = quarters_;
             pass_query_slots(quarters_);
-            loader_.begin(item.request, slots);
+            loader_.load(item.request, slots);
         }
         int entry = entry_of(item, item.tile_begin);
 #pragma unroll 1
@@ -38,9 +38,7 @@ class Gatherer {
                 copy_rows(from);
             else
                 copy_pieces(from);
-            if (!kMultipliersLoad && tile == item.tile_begin) loader_.finish(item.request);
         }
-        if (!kMultipliersLoad && item.tile_begin == item.tile_end) loader_.finish(item.request);
     }
 
     __device__ int entry_of(const Item& item, int tile) const {
@@ -74,19 +72,33 @@ class Gatherer {
 
     // ---- 16-bit rows: by 16 bytes, into wgmma's swizzle; zeros for what is not there ----
 
+    static constexpr int kRowsTogether = kWarp / 8, kRounds = kRowsOfWarp / kRowsTogether;  // eight lanes copy 128 bytes
+
+    // What this lane copies of each of its rows, and whether they are there.
+    struct Pieces {
+        const uint8_t* from[kRounds];
+        bool live[kRounds];
+    };
+
     __device__ void copy_pieces(const uint8_t* from) {
         const uint32_t valid = __ballot_sync(~0u, from != nullptr);
-        uint64_t address = reinterpret_cast<uint64_t>(from != nullptr ? from : p_.cache);
-#pragma unroll 1
-        for (int quarter = 0; quarter < 4; ++quarter, address += 256) {
-            const uint32_t full = Shared::quarter_full(quarters_.at());
+        const uint64_t address = reinterpret_cast<uint64_t>(from != nullptr ? from : p_.cache);
+        Pieces pieces;
+#pragma unroll
+        for (int i = 0; i < kRounds; ++i) {
+            const int row = i * kRowsTogether + lane() / 8;
+            pieces.from[i] = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, address, row)) + lane() % 8 * 16;
+            pieces.live[i] = valid >> row & 1;
+        }
+#pragma unroll
+        for (int quarter = 0; quarter < 4; ++quarter) {
             mbarrier_wait(Shared::quarter_empty(quarters_.at()), quarters_.phase() ^ 1);
-            copy_blocks<2>(address, valid, Shared::quarter(quarters_.at()));
-            arrive_with_copies(full);
+            copy_blocks<2>(pieces, quarter * 256, Shared::quarter(quarters_.at()));
+            arrive_with_copies(Shared::quarter_full(quarters_.at()));
             quarters_.advance();
         }
         mbarrier_wait(Shared::rope_empty(rope_.at()), rope_.phase() ^ 1);
-        copy_blocks<1>(address, valid, Shared::rope(rope_.at()));
+        copy_blocks<1>(pieces, kLatent * 2, Shared::rope(rope_.at()));
         arrive_with_copies(Shared::rope_full(rope_.at()));
         if (lane() == 0) {
             Shared::valid(rope_.turn())[warp()] = valid;
@@ -95,20 +107,18 @@ class Gatherer {
         rope_.advance();
     }
 
-    // Of this warp's 16 rows BLOCKS x 128 bytes, four rows at a time.
+    // Of this warp's rows BLOCKS x 128 bytes from `skipped` on.
     template <int BLOCKS>
-    __device__ static void copy_blocks(uint64_t address, uint32_t valid, uint32_t to) {
+    __device__ static void copy_blocks(const Pieces& pieces, int skipped, uint32_t to) {
         constexpr int kBytes = BLOCKS * kAtomBytes;  // of eight rows
-        const unsigned chunk = lane() % 8;
         to += warp() * kRowsOfWarp / 8 * kBytes;
 #pragma unroll
-        for (int i = 0; i < kRowsOfWarp; i += 4) {
-            const int row = i + lane() / 8;
-            const uint8_t* from = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, address, row)) + chunk * 16;
+        for (int i = 0; i < kRounds; ++i) {
+            const unsigned row = i * kRowsTogether % 8 + lane() / 8, chunk = lane() % 8 ^ row;
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block)
-                copy_16_async(to + i / 8 * kBytes + block * kAtomBytes + row % 8 * 128 + ((chunk ^ row % 8) << 4),
-                              from + block * 128, valid >> row & 1);
+                copy_16_async(to + row * 128 + chunk * 16 + i * kRowsTogether / 8 * kBytes + block * kAtomBytes,
+                              pieces.from[i] + skipped + block * 128, pieces.live[i]);
         }
     }
 

@@ -13,7 +13,7 @@
 #define FUSEDMLA_EARLY_A (kMultipliersWeigh ? 8 : kWidens ? 0 : 4)
 #endif
 #ifndef FUSEDMLA_EARLY_B
-#define FUSEDMLA_EARLY_B (kMultipliersWeigh ? 8 : kWidens ? 0 : kCluster == 1 ? 4 : 0)
+#define FUSEDMLA_EARLY_B (kMultipliersWeigh ? 8 : kWidens || kGather ? 0 : kCluster == 1 ? 4 : 0)
 #endif
 #ifndef FUSEDMLA_NEXT_SCORES  // the part of a tile's PV after which the scorer may begin with the next but one
 #define FUSEDMLA_NEXT_SCORES 5
@@ -22,22 +22,22 @@
 #define FUSEDMLA_LAZY (kE4m3 ? 1 : 8)
 #endif
 #ifndef FUSEDMLA_QUARTERS  // slots of the ring; four are a span
-#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : kScaled ? 3 : kWidens ? 13 : kGather ? 9 : 11)
+#define FUSEDMLA_QUARTERS (kE4m3 ? 9 : kScaled ? 3 : kWidens ? 13 : 11)
 #endif
 #ifndef FUSEDMLA_PREFETCH  // 1: copies that have to wait for a slot are brought into L2 meanwhile
 #define FUSEDMLA_PREFETCH (!kE4m3 && !kWidens)
 #endif
 #ifndef FUSEDMLA_QUERY_QUARTERS  // of the query's four latent quarters, those in registers; the others in shared memory
-#define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : kGather ? 2 : 3)
+#define FUSEDMLA_QUERY_QUARTERS (kTurned ? 0 : 3)
 #endif
 #ifndef FUSEDMLA_SCORER_REGISTERS  // with the copier's and twice the multipliers' 512
-#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? 128 : kWidens ? 112 : kGather ? 128 : 160)
+#define FUSEDMLA_SCORER_REGISTERS (kE4m3 ? 96 : kScaled ? 128 : kWidens ? 112 : 160)
 #endif
 #ifndef FUSEDMLA_MULTIPLIER_REGISTERS
-#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kScaled ? 176 : kWidens ? 184 : kGather ? 168 : 160)
+#define FUSEDMLA_MULTIPLIER_REGISTERS (kE4m3 ? 192 : kScaled ? 176 : kWidens ? 184 : 160)
 #endif
 #ifndef FUSEDMLA_COPIER_REGISTERS
-#define FUSEDMLA_COPIER_REGISTERS (kGather && !kScaled ? 40 : 32)
+#define FUSEDMLA_COPIER_REGISTERS 32
 #endif
 
 // What the cache has and tensor cores multiply: 16-bit floats; e4m3 as it is; e4m3 widened to fp16 in registers, with one
@@ -78,7 +78,7 @@ constexpr int kScores = kRows * kSpan / kWarpgroup;  // of a scoring thread
 constexpr int kCluster = FUSEDMLA_CLUSTER;
 constexpr int kQuarterSlots = FUSEDMLA_QUARTERS, kMessageSlots = kMultipliersWeigh ? 1 : 2, kTaskSlots = 8;
 constexpr int kWeightSlots = 2;  // of P and of factors
-constexpr int kRopeSlots = kE4m3 ? 2 : kScaled ? 0 : kWidens ? 3 : kGather ? 2 : 1;
+constexpr int kRopeSlots = kE4m3 ? 2 : kScaled ? 0 : kWidens ? 3 : 1;
 constexpr int kParts = kScaled ? 1 : 4;  // slots of the ring that a span takes: of fp8_ds_mla they hold whole rows
 constexpr int kTasksAhead = 4;  // of the one that the first multiplier works on
 constexpr int kQueryQuarters = FUSEDMLA_QUERY_QUARTERS;
@@ -275,9 +275,9 @@ __device__ inline int first_row() {
     return blockIdx.x * kRows + thread / kWarp * 16 + thread % kWarp / 4;
 }
 
-// One arrival of this warp, which has converged.
+// One arrival of this warp, which has converged. Where 16-bit keys are listed, ptxas has no register for who arrives.
 __device__ inline void warp_arrive(uint32_t barrier) {
-    if (threadIdx.x % kWarp == 0) mbarrier_arrive(barrier);
+    if ((kFencesAfterCopies ? thread_anew() : threadIdx.x) % kWarp == 0) mbarrier_arrive(barrier);
 }
 
 // The same in every CTA of the cluster: their copies fill this CTA's memory too. What it guards was only read, so it

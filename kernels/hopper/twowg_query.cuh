@@ -41,17 +41,14 @@ class QueryLoader {
         });
     }
 
-    // By gathering warps: what goes through the ring, into its next slots, which are empty; the rest of it.
-    __device__ void begin(int request, const Ring<kQuarterSlots>& ring) {
+    // By gathering warps. The ring's next slots, for what goes through it, are empty.
+    __device__ void load(int request, const Ring<kQuarterSlots>& ring) {
         look_up(request);
         copy<true>(ring);
 #pragma unroll 1
         for (int quarter = 0; quarter < kQueryQuarters; ++quarter)
             arrive_with_copies(Shared::quarter_full(ring.after(quarter).at()));
-    }
-    __device__ void finish(int request) {
         wait_until_scorer_has_done();
-        look_up(request);
         copy<false>({});
         arrive_with_copies(Shared::query_full());
     }

@@ -24,15 +24,17 @@ class Scorer {
         total_[0] = total_[1] = 0.f;
         int left = Tasks::item().seq_len - Tasks::item().tile_begin * kTile;  // tokens of the request
         const int after = max(Tasks::item().seq_len - Tasks::item().tile_end * kTile, 0);  // that are not of the item
+        const bool any = left > after;
         for (; left > after; left -= kSpan) {
             const bool cut = is_cut(p_, left - after, left);  // before the scores, which take longer
             float s[kScores];
             product_.score(s, quarters_, rope_);
+            if (kGather && left <= after + kSpan) product_.release_query();  // those who gather bring the next one now
             release_held();
             weigh(s, cut, left - after, left);
         }
         release_held();
-        product_.release_query();
+        if (!kGather || !any) product_.release_query();
         finish(Tasks::item());
     }
 
