@@ -28,7 +28,7 @@ class Inputs:
         case, dtype: what they are for; dtype is the cache's, "bf16", "fp8" or "fp8_ds_mla".
         q: ``[b, s_q, h_q, 576]`` bfloat16.
         cache: ``[num_pages, page_size, 576]`` bfloat16, or float8_e4m3fn holding key / k_scale; or
-            ``[num_pages, page_size, 656]`` uint8, whose float32 scales are no powers of two.
+            ``[num_pages, page_size, 656]`` uint8, whose scales are powers of two, as vLLM's writer makes them.
         block_table: ``[b, max_pages]`` int32, unused entries 0.
         seq_lens: ``[b]`` int32 on the device; `lengths` is the same on the host.
         k_scale: 0-dim float32; 1 but for fp8.
@@ -136,7 +136,7 @@ def _to_fp8(rows: torch.Tensor) -> torch.Tensor:
 def _to_ds_mla(rows: torch.Tensor) -> torch.Tensor:
     """Rows of 656 bytes: each quarter of the latent divided by its largest value / 448."""
     groups = rows[:, :D_V].float().unflatten(1, (4, -1))
-    scales = groups.abs().amax(-1).clamp_min(1e-4) / 448.0
+    scales = torch.exp2(torch.ceil(torch.log2((groups.abs().amax(-1) / 448.0).clamp_min(1e-4))))
     codes = (groups / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(1)
     rope = rows[:, D_V:].to(torch.bfloat16).contiguous()
     return torch.cat([part.view(torch.uint8) for part in (codes, scales, rope)], 1)

@@ -201,6 +201,33 @@ def test_equals_float64(
     assert sparse_metadata.sparse_tokens.tokens == before + 2 * attended
 
 
+@pytest.mark.parametrize("name", ["one prompt", "decodes and a prompt", "decodes and prompts"])
+def test_prompts_by_way_of_converted_rows(
+    vllm_config: Any, as_on_a_gpu: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Hopper does for many heads: a step's only prompt reads bfloat16 rows, in memory reserved beforehand."""
+    from vllm_fusedmla.kernels import sparse_convert, sparse_plan
+
+    convert, converted = sparse_convert.rows_to_bfloat16, []
+
+    def count(cache: torch.Tensor, pages: torch.Tensor, rows: int, *rest: Any) -> torch.Tensor:
+        converted.append(rows)
+        return convert(cache, pages, rows, *rest)
+
+    monkeypatch.setattr(sparse_plan.SparsePlan, "converts", lambda plan, name, tokens, rows: rows > 0)
+    query_lens, seq_lens, tokens, attended, _ = STEPS[name]
+    impl, builder = make_impl("fp8_ds_mla"), make_builder(vllm_config, "fp8_ds_mla")
+    workspace.lock_workspace()
+    monkeypatch.setattr(sparse_convert, "rows_to_bfloat16", count)
+    case = Case(query_lens, seq_lens, "fp8_ds_mla", tokens)
+    assert impl.topk_indices_buffer is not None
+    impl.topk_indices_buffer[:tokens] = case.indices
+    out, lse = impl.forward_mqa(case.q, case.cache, builder.build(0, case.common), SimpleNamespace())
+    assert lse is not None
+    assert_close((out, lse), case.expected(attended), "kernel")
+    assert converted == ([] if name == "decodes and prompts" else [seq_lens[-1]])
+
+
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_ds_mla"])
 def test_all_keys_selected_is_dense(vllm_config: Any, path: str, kv_cache_dtype: str) -> None:
     """A list of all visible keys gives what the dense reference gives."""

@@ -12,7 +12,7 @@ from . import compat, envs
 from .kernels import layout
 from .kernels.plan import DecodePlan, decode_plan, decode_plans
 from .kernels.select import FEW_TOKENS
-from .kernels.sparse_plan import SparsePlan, sparse_plan
+from .kernels.sparse_plan import CONVERTED_ROWS_OF_TOKEN, SparsePlan, sparse_plan
 
 _INVARIANT_WORKSPACE_BYTES = 1 << 30
 _WARM_UP_REQUESTS = 64
@@ -179,6 +179,14 @@ class SparseLimits:
         splits = max(1, min(plan.params.max_splits, _INVARIANT_WORKSPACE_BYTES // split_bytes))
         return dataclasses.replace(plan, params=dataclasses.replace(plan.params, max_splits=splits))
 
+    def converted_rows(self, plan: SparsePlan, keys: int, tokens: int) -> int:
+        """Rows that a prefill of `tokens` tokens of a request of `keys` keys converts to bfloat16 first: all or 0."""
+        return keys if plan.converts(self.cache_format, tokens, keys) else 0
+
+    def plan_converted(self, device: torch.device) -> SparsePlan:
+        """The launch plan of a prefill after that."""
+        return sparse_plan(self.heads, "bf16", device, prefill=True)
+
     def workspace_shapes(self, plan: SparsePlan, tokens: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of the scratch tensors that a launch for `tokens` tokens needs."""
         return plan.launch_shapes(tokens, self.topk, self.heads)
@@ -188,10 +196,15 @@ class SparseLimits:
         slots, *_ = self.plan(device).workspace_shapes(self.decode_tokens, 1, self.heads)
         few = [self.workspace_shapes(self.plan(device, tokens=n), n)[0][0] for n in range(1, FEW_TOKENS + 1)]
         shapes = SparsePlan.shapes_for(max(slots[0], *few), self.tokens, self.heads)
-        compat.shared_workspace([(shape, torch.float32) for shape in shapes])
+        prefill = self.plan(device, prefill=True)
+        keys = min(self.max_seq_len, CONVERTED_ROWS_OF_TOKEN * self.tokens)
+        rows = self.converted_rows(prefill, keys, self.tokens)
+        parts = [(shape, torch.float32) for shape in shapes]
+        compat.shared_workspace([*parts, ((rows, layout.D_QK), torch.bfloat16)])
 
     def warm_up(self, page_size: int, device: torch.device) -> None:
         """Compile or load the kernels for lists of no keys: by positions and by slots, for one request and for many."""
+        from .kernels.sparse_convert import rows_to_bfloat16
         from .kernels.sparse_decode import mla_sparse_decode
 
         table_width = -(-self.max_seq_len // page_size)
@@ -206,6 +219,9 @@ class SparseLimits:
             for prefill in {False, not by_position}:  # prompts' keys are slots
                 plan = self.plan(device, prefill, tokens=b * s_q)
                 mla_sparse_decode(q, cache, indices, block_table=table, plan=plan)
+                if prefill and self.converted_rows(plan, 1, b):
+                    rows = rows_to_bfloat16(cache, indices[0, 0], 1)
+                    mla_sparse_decode(q, rows.unsqueeze(1), indices, plan=self.plan_converted(device))
 
 
 def decode_threshold() -> int:

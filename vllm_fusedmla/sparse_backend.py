@@ -28,6 +28,7 @@ from .refusals import refuse_unsupported
 from .sparse_metadata import (
     FusedMLASparseMetadata,
     FusedMLASparseMetadataBuilder,
+    TokenGroup,
     cache_slots,
     local_positions,
     sparse_tokens,
@@ -235,28 +236,37 @@ class FusedMLASparseImpl(StoresTokens, SparseMLACommonImpl[FusedMLASparseMetadat
                 entries = cache_slots(entries, requests, attn_metadata.block_table, page_size)
             by_request = [t[span].unflatten(0, (-1, group.s_q)) for t in (*parts, out, lse)]
             self._attend(
+                group,
                 tuple(by_request[:2]),
                 kv_c_and_k_pe_cache,
                 entries.unflatten(0, (-1, group.s_q)),
-                prefill=group.prefill,
-                block_table=group.block_table,
                 sm_scale=self.scale,
                 out=by_request[2],
                 lse=by_request[3],
             )
         return out, lse
 
-    def _attend(self, q: Any, cache: torch.Tensor, indices: torch.Tensor, prefill: bool, **options: Any) -> None:
+    def _attend(self, group: TokenGroup, q: Any, cache: torch.Tensor, indices: torch.Tensor, **options: Any) -> None:
+        table = group.block_table
         if uses_reference():
-            sparse_reference.mla_sparse_decode(q, cache, indices, **options)
+            sparse_reference.mla_sparse_decode(q, cache, indices, block_table=table, **options)
             return
+        from .kernels.sparse_convert import rows_to_bfloat16
         from .kernels.sparse_decode import mla_sparse_decode
 
         tokens = indices.shape[0] * indices.shape[1]
-        plan = self._limits.plan(cache.device, prefill, tokens)
-        shapes = self._limits.workspace_shapes(plan, tokens)
-        workspace = compat.shared_workspace([(shape, torch.float32) for shape in shapes])
-        mla_sparse_decode(q, cache, indices, plan=plan, workspace=workspace, **options)
+        plan = self._limits.plan(cache.device, group.prefill, tokens)
+        rows = self._limits.converted_rows(plan, group.keys if self.dcp_world_size == 1 else 0, tokens)
+        if rows:
+            plan = self._limits.plan_converted(cache.device)
+        shapes = [(shape, torch.float32) for shape in self._limits.workspace_shapes(plan, tokens)]
+        scratch = compat.shared_workspace([*shapes, ((rows, layout.D_QK), torch.bfloat16)])
+        workspace, converted = (None, None) if scratch is None else (scratch[:-1], scratch[-1])
+        if rows:  # of which the request's positions are slots
+            assert table is not None
+            logger.info_once("FUSEDMLA: a step's only prompt is attended to on its keys converted to bfloat16.")
+            cache, table = rows_to_bfloat16(cache, table[0], rows, converted).unsqueeze(1), None
+        mla_sparse_decode(q, cache, indices, block_table=table, plan=plan, workspace=workspace, **options)
 
     @staticmethod
     def _log_first(q_nope: torch.Tensor, cache: torch.Tensor, topk: int) -> None:

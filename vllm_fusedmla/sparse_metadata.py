@@ -63,12 +63,14 @@ class TokenGroup(NamedTuple):
         s_q: how many of them, one after the other, have a row of the block table.
         block_table: ``[tokens / s_q, max_pages]`` int32, or None where slots are needed.
         prefill: whether they are of prefills.
+        keys: of the one request that prefilled tokens with a block table are of.
     """
 
     tokens: slice
     s_q: int
     block_table: torch.Tensor | None
     prefill: bool
+    keys: int = 0
 
 
 def token_groups(metadata: FusedMLASparseMetadata, tokens: int) -> list[TokenGroup]:
@@ -80,10 +82,11 @@ def token_groups(metadata: FusedMLASparseMetadata, tokens: int) -> list[TokenGro
         table = metadata.block_table[: decodes // s_q] if s_q else None
         groups.append(TokenGroup(slice(0, decodes), s_q or 1, table, False))
     if tokens > decodes:
-        table = None
+        table, keys = None, 0
         if metadata.num_prefills == 1:  # a row of the table that all tokens share, without a copy
             table = metadata.block_table[metadata.num_decodes :][:1].expand(tokens - decodes, -1)
-        groups.append(TokenGroup(slice(decodes, tokens), 1, table, True))
+            keys = metadata.prefill_max_seq_len
+        groups.append(TokenGroup(slice(decodes, tokens), 1, table, True, keys))
     return groups
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.cases import D_V
+from benchmarks.cases import D_QK, D_V
 from benchmarks.inputs import Inputs
 from benchmarks.providers.base import Prepared, Provider, Unavailable, Unsupported, sparse_lists
 
@@ -26,10 +26,10 @@ class SparseFusedMLA(Provider):
 
     def load(self) -> str:
         try:
-            from vllm_fusedmla.kernels import sparse_decode, sparse_plan
+            from vllm_fusedmla.kernels import sparse_convert, sparse_decode, sparse_plan
         except ImportError as error:
             raise Unavailable(f"vllm_fusedmla does not import: {error}") from error
-        self._ops, self._plan = sparse_decode, sparse_plan
+        self._ops, self._plan, self._convert = sparse_decode, sparse_plan, sparse_convert.rows_to_bfloat16
         import vllm_fusedmla
 
         return f"vllm_fusedmla {vllm_fusedmla.__version__}"
@@ -47,6 +47,10 @@ class SparseFusedMLA(Provider):
         case, device = x.case, x.q.device
         plan = self.plan_for(x)
         indices, meaning = self.lists(x)
+        convert = case.prefill and plan.converts(x.dtype, case.b * case.s_q, x.max_len)
+        if convert:  # as vLLM's backend does for a step's only prompt
+            indices, plan = sparse_lists(x)[0], self._plan.sparse_plan(case.h_q, "bf16", device, prefill=True)
+            converted = torch.empty(x.max_len, D_QK, dtype=torch.bfloat16, device=device)
         shapes = plan.workspace_shapes(case.b, case.s_q, case.h_q)
         workspace = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
         rows = (case.b, case.s_q, case.h_q)
@@ -58,7 +62,8 @@ class SparseFusedMLA(Provider):
             results = {"out": out[0], "lse": lse[0], "with_max_logits": False}  # nor does vLLM look at FlashMLA's
 
             def call():
-                return self._ops.mla_sparse_prefill(x.q[0], kv, indices[0], **options, **results)
+                keys = self._convert(x.cache, x.block_table[0], x.max_len, converted) if convert else kv
+                return self._ops.mla_sparse_prefill(x.q[0], keys, indices[0], **options, **results)
 
         else:
             results = {"out": out, "lse": lse}
@@ -69,7 +74,7 @@ class SparseFusedMLA(Provider):
         chosen = plan.config
         config = (
             f"{chosen.kernel} {chosen.block_h}x{chosen.block_n} warps {chosen.num_warps} stages {chosen.num_stages} "
-            f"programs/SM {chosen.programs_per_sm}"
+            f"programs/SM {chosen.programs_per_sm}{', rows converted to bf16' if convert else ''}"
         )
         return Prepared(call, lambda result: (out, lse), "none", config=config)
 

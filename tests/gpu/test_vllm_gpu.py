@@ -33,3 +33,26 @@ def test_served_answers_are_right_and_equal(repo, child_env, tmp_path):
     for entry in summary["invariance"]:
         if entry["kind"] == "invariance":
             assert all(row["same_bits"] for row in entry["comparisons"]), entry
+
+
+def test_a_sparse_model_of_64_heads(repo, child_env, tmp_path):
+    """Prompts beyond index_topk on an fp8_ds_mla cache, one a step: their keys are converted to bfloat16."""
+    wide = tmp_path / "wide"
+    model = repo / "evals" / "models" / "demo-dsa"
+    widen = [sys.executable, "-m", "evals.models.widen", "--model", model, "--out", wide, "--copies", "16"]
+    subprocess.run(widen, check=True, env=child_env, cwd=repo)
+    command = [
+        sys.executable, repo / "evals" / "compare_backends.py", "--model", wide, "--out", tmp_path,
+        "--backends", "FUSEDMLA,FLASHMLA_SPARSE", "--baseline", "FLASHMLA_SPARSE-fp8_ds_mla-eager", "--modes", "eager",
+        "--kv-cache-dtypes", "fp8_ds_mla", "--prompts", "12", "--max-prompt", "8192", "--max-num-seqs", "1",
+        "--parallel", "2",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=child_env, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "comparison.json").read_text())
+    (ours,) = [job for job in summary["jobs"] if job["backend"] == "FUSEDMLA"]
+    assert ours["fusedmla"]["scheduled"] > 0 and ours["right"] == ours["prompts"], ours
+    (pair,) = summary["pairs"]
+    assert pair["identical"] == pair["prompts"] and pair["max_logprob_difference"] < 0.01, pair
+    logs = [path.read_text() for path in tmp_path.rglob("*.log")]
+    assert any("converted to bfloat16" in log for log in logs), [len(log) for log in logs]
