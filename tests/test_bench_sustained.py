@@ -32,9 +32,8 @@ def test_a_run_on_the_cpu(tmp_path, capsys, monkeypatch):
 
 
 def test_a_provider_that_serves_no_sparse_attention():
-    pool = bench_sustained.Pool.for_cases(
-        [case := bench_sustained.Case.parse("b1 h4 topk64 kv128")], torch.device("cpu")
-    )
+    case = Case.parse("b1 h4 topk64 kv128")
+    pool = Pool.for_cases([case], torch.device("cpu"))
     name = next(name for name in providers.ALL if name not in providers.SPARSE)
     assert bench_sustained.run(pool.inputs(case, "bf16"), name, 0.01)["note"] == "no sparse attention"
 
