@@ -24,6 +24,8 @@ _INVARIANT_PIECES = 8
 CONVERTED_ROWS_OF_TOKEN = 64
 """Rows that a prefill converts to bfloat16 for each of its tokens, at most: converting one takes 0.6 ns, and a token
 of 64 heads gains 80 ns by it, one of 128 heads 220."""
+_CONVERTING_TOKENS = 512
+"""Fewest tokens of such a prefill: it is two launches, and one of its own for each request."""
 
 
 @lru_cache(maxsize=4096)
@@ -70,7 +72,8 @@ class SparsePlan:
             rows: of the cache that would be converted.
         """
         many_heads = self.config.kernel == "twowg_gather" and cache_format == "fp8_ds_mla"
-        return many_heads and not self.params.batch_invariant and rows <= CONVERTED_ROWS_OF_TOKEN * tokens
+        enough = tokens >= _CONVERTING_TOKENS and rows <= CONVERTED_ROWS_OF_TOKEN * tokens
+        return many_heads and not self.params.batch_invariant and enough
 
     def pieces(self, tokens: int, topk: int) -> tuple[int, int]:
         """How many pieces a list of `topk` entries is cut into when there are `tokens` lists, and tiles of a piece."""

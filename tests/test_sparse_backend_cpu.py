@@ -187,7 +187,7 @@ def test_equals_float64(
         workspace.lock_workspace()  # as after warm-up: from here on it must not grow
     case = Case(query_lens, seq_lens, kv_cache_dtype, tokens)
     meta = builder.build(0, case.common)
-    groups = sparse_metadata.token_groups(meta, attended)
+    groups = sparse_metadata.token_groups(meta, attended, lambda tokens, keys: False)
     assert [(g.tokens.start, g.tokens.stop, g.s_q, g.block_table is None) for g in groups] == launches
     assert impl.topk_indices_buffer is not None
     impl.topk_indices_buffer[:tokens] = case.indices
@@ -201,31 +201,51 @@ def test_equals_float64(
     assert sparse_metadata.sparse_tokens.tokens == before + 2 * attended
 
 
-@pytest.mark.parametrize("name", ["one prompt", "decodes and a prompt", "decodes and prompts"])
+# a step: fewest tokens of prompts whose keys are converted, keys that are, launches
+CONVERTED = {
+    "one prompt": (9, [70], [(0, 9, False)]),
+    "decodes and a prompt": (9, [70], [(0, 2, False), (2, 11, False)]),
+    "decodes and prompts": (9, [70, 12], [(0, 1, False), (1, 10, False), (10, 20, False)]),
+    "prompts, the last one long": (10, [12], [(0, 1, False), (1, 10, True), (10, 20, False)]),
+    "prompts, the first one long": (12, [130], [(0, 12, False), (12, 20, True)]),
+    "short prompts": (99, [], [(0, 1, False), (1, 20, True)]),
+}
+CONVERTED_STEPS = {
+    "prompts, the last one long": ([1, 9, 10], [65, 70, 12]),
+    "prompts, the first one long": ([12, 5, 3], [130, 70, 12]),
+    "short prompts": ([1, 9, 10], [65, 70, 12]),
+} | {name: step[:2] for name, step in STEPS.items()}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
 def test_prompts_by_way_of_converted_rows(
     vllm_config: Any, as_on_a_gpu: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What Hopper does for many heads: a step's only prompt reads bfloat16 rows, in memory reserved beforehand."""
+    """What Hopper does for many heads: long prompts read bfloat16 rows, in memory reserved beforehand."""
     from vllm_fusedmla.kernels import sparse_convert, sparse_plan
 
+    least, converted_keys, launches = CONVERTED[name]
+    query_lens, seq_lens = CONVERTED_STEPS[name]
     convert, converted = sparse_convert.rows_to_bfloat16, []
 
     def count(cache: torch.Tensor, pages: torch.Tensor, rows: int, *rest: Any) -> torch.Tensor:
         converted.append(rows)
         return convert(cache, pages, rows, *rest)
 
-    monkeypatch.setattr(sparse_plan.SparsePlan, "converts", lambda plan, name, tokens, rows: rows > 0)
-    query_lens, seq_lens, tokens, attended, _ = STEPS[name]
+    monkeypatch.setattr(sparse_plan.SparsePlan, "converts", lambda plan, name, tokens, rows: tokens >= least)
     impl, builder = make_impl("fp8_ds_mla"), make_builder(vllm_config, "fp8_ds_mla")
     workspace.lock_workspace()
     monkeypatch.setattr(sparse_convert, "rows_to_bfloat16", count)
-    case = Case(query_lens, seq_lens, "fp8_ds_mla", tokens)
+    case = Case(query_lens, seq_lens, "fp8_ds_mla", tokens := sum(query_lens))
+    meta = builder.build(0, case.common)
+    groups = sparse_metadata.token_groups(meta, tokens, impl._converts)
+    assert [(g.tokens.start, g.tokens.stop, g.block_table is None) for g in groups] == launches
     assert impl.topk_indices_buffer is not None
     impl.topk_indices_buffer[:tokens] = case.indices
-    out, lse = impl.forward_mqa(case.q, case.cache, builder.build(0, case.common), SimpleNamespace())
+    out, lse = impl.forward_mqa(case.q, case.cache, meta, SimpleNamespace())
     assert lse is not None
-    assert_close((out, lse), case.expected(attended), "kernel")
-    assert converted == ([] if name == "decodes and prompts" else [seq_lens[-1]])
+    assert_close((out, lse), case.expected(tokens), "kernel")
+    assert converted == converted_keys
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_ds_mla"])

@@ -63,12 +63,13 @@ def test_pages_that_are_not_there(device):
 @pytest.mark.parametrize(
     ("h_q", "cache_format", "tokens", "rows", "invariant", "converts"),
     [
-        (128, "fp8_ds_mla", 100, 6400, False, True),
-        (25, "fp8_ds_mla", 100, 6400, False, True),
-        (24, "fp8_ds_mla", 100, 6400, False, False),  # another kernel, which is as fast on the codes
-        (128, "fp8_ds_mla", 100, 6401, False, False),
-        (128, "fp8_ds_mla", 100, 6400, True, False),  # depends on the number of tokens
-        (128, "bf16", 100, 6400, False, False),
+        (128, "fp8_ds_mla", 1000, 64000, False, True),
+        (25, "fp8_ds_mla", 1000, 64000, False, True),
+        (24, "fp8_ds_mla", 1000, 64000, False, False),  # another kernel, which is as fast on the codes
+        (128, "fp8_ds_mla", 1000, 64001, False, False),
+        (128, "fp8_ds_mla", 511, 511, False, False),
+        (128, "fp8_ds_mla", 1000, 64000, True, False),  # depends on the number of tokens
+        (128, "bf16", 1000, 64000, False, False),
     ],
 )
 def test_when_it_pays(h_q, cache_format, tokens, rows, invariant, converts):

@@ -179,12 +179,8 @@ class SparseLimits:
         splits = max(1, min(plan.params.max_splits, _INVARIANT_WORKSPACE_BYTES // split_bytes))
         return dataclasses.replace(plan, params=dataclasses.replace(plan.params, max_splits=splits))
 
-    def converted_rows(self, plan: SparsePlan, keys: int, tokens: int) -> int:
-        """Rows that a prefill of `tokens` tokens of a request of `keys` keys converts to bfloat16 first: all or 0."""
-        return keys if plan.converts(self.cache_format, tokens, keys) else 0
-
     def plan_converted(self, device: torch.device) -> SparsePlan:
-        """The launch plan of a prefill after that."""
+        """The launch plan of a prefill on keys that have been converted to bfloat16: `SparsePlan.converts`."""
         return sparse_plan(self.heads, "bf16", device, prefill=True)
 
     def workspace_shapes(self, plan: SparsePlan, tokens: int) -> tuple[tuple[int, ...], ...]:
@@ -196,9 +192,9 @@ class SparseLimits:
         slots, *_ = self.plan(device).workspace_shapes(self.decode_tokens, 1, self.heads)
         few = [self.workspace_shapes(self.plan(device, tokens=n), n)[0][0] for n in range(1, FEW_TOKENS + 1)]
         shapes = SparsePlan.shapes_for(max(slots[0], *few), self.tokens, self.heads)
-        prefill = self.plan(device, prefill=True)
-        keys = min(self.max_seq_len, CONVERTED_ROWS_OF_TOKEN * self.tokens)
-        rows = self.converted_rows(prefill, keys, self.tokens)
+        rows = min(self.max_seq_len, CONVERTED_ROWS_OF_TOKEN * self.tokens)
+        if not self.plan(device, prefill=True).converts(self.cache_format, self.tokens, rows):
+            rows = 0
         parts = [(shape, torch.float32) for shape in shapes]
         compat.shared_workspace([*parts, ((rows, layout.D_QK), torch.bfloat16)])
 
@@ -219,7 +215,7 @@ class SparseLimits:
             for prefill in {False, not by_position}:  # prompts' keys are slots
                 plan = self.plan(device, prefill, tokens=b * s_q)
                 mla_sparse_decode(q, cache, indices, block_table=table, plan=plan)
-                if prefill and self.converted_rows(plan, 1, b):
+                if prefill and plan.converts(self.cache_format, self.tokens, 1):
                     rows = rows_to_bfloat16(cache, indices[0, 0], 1)
                     mla_sparse_decode(q, rows.unsqueeze(1), indices, plan=self.plan_converted(device))
 

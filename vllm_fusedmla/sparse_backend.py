@@ -227,7 +227,7 @@ class FusedMLASparseImpl(StoresTokens, SparseMLACommonImpl[FusedMLASparseMetadat
         sparse_tokens.tokens += tokens
         out = parts[0].new_empty(tokens, heads, layout.D_V)
         lse = torch.empty(tokens, heads, dtype=torch.float32, device=out.device)
-        for group in token_groups(attn_metadata, tokens):
+        for group in token_groups(attn_metadata, tokens, self._converts):
             span = group.tokens
             entries = indices[span]
             if group.block_table is None:
@@ -246,6 +246,12 @@ class FusedMLASparseImpl(StoresTokens, SparseMLACommonImpl[FusedMLASparseMetadat
             )
         return out, lse
 
+    def _converts(self, tokens: int, keys: int) -> bool:
+        """Whether a prompt's keys are converted to bfloat16 first."""
+        if uses_reference() or self.dcp_world_size > 1:
+            return False
+        return self._limits.plan(self._device, prefill=True).converts(self._limits.cache_format, tokens, keys)
+
     def _attend(self, group: TokenGroup, q: Any, cache: torch.Tensor, indices: torch.Tensor, **options: Any) -> None:
         table = group.block_table
         if uses_reference():
@@ -255,17 +261,17 @@ class FusedMLASparseImpl(StoresTokens, SparseMLACommonImpl[FusedMLASparseMetadat
         from .kernels.sparse_decode import mla_sparse_decode
 
         tokens = indices.shape[0] * indices.shape[1]
-        plan = self._limits.plan(cache.device, group.prefill, tokens)
-        rows = self._limits.converted_rows(plan, group.keys if self.dcp_world_size == 1 else 0, tokens)
-        if rows:
+        if group.keys:
             plan = self._limits.plan_converted(cache.device)
+        else:
+            plan = self._limits.plan(cache.device, group.prefill, tokens)
         shapes = [(shape, torch.float32) for shape in self._limits.workspace_shapes(plan, tokens)]
-        scratch = compat.shared_workspace([*shapes, ((rows, layout.D_QK), torch.bfloat16)])
+        scratch = compat.shared_workspace([*shapes, ((group.keys, layout.D_QK), torch.bfloat16)])
         workspace, converted = (None, None) if scratch is None else (scratch[:-1], scratch[-1])
-        if rows:  # of which the request's positions are slots
+        if group.keys:  # the request's positions are slots of them
             assert table is not None
-            logger.info_once("FUSEDMLA: a step's only prompt is attended to on its keys converted to bfloat16.")
-            cache, table = rows_to_bfloat16(cache, table[0], rows, converted).unsqueeze(1), None
+            logger.info_once("FUSEDMLA: long prompts are attended to on their keys converted to bfloat16.")
+            cache, table = rows_to_bfloat16(cache, table[0], group.keys, converted).unsqueeze(1), None
         mla_sparse_decode(q, cache, indices, block_table=table, plan=plan, workspace=workspace, **options)
 
     @staticmethod

@@ -9,6 +9,7 @@ the requests' block tables. Otherwise they are turned into slots of the cache fi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -30,9 +31,15 @@ sparse_tokens = DecodeCounter("sparse")
 
 @dataclasses.dataclass(kw_only=True)
 class FusedMLASparseMetadata(SparseMLACommonMetadata):
-    """vLLM's fields, and how many new tokens each decoded request has; 0 where block tables cannot be used."""
+    """vLLM's fields, and two more.
+
+    Attributes:
+        decode_query_len: how many new tokens each decoded request has; 0 where block tables cannot be used.
+        prompts: new tokens and keys of each prefilled request.
+    """
 
     decode_query_len: int = 0
+    prompts: tuple[tuple[int, int], ...] = ()
 
 
 def uniform_query_len(query_start_loc_cpu: torch.Tensor, num_decodes: int, num_decode_tokens: int) -> int:
@@ -63,7 +70,7 @@ class TokenGroup(NamedTuple):
         s_q: how many of them, one after the other, have a row of the block table.
         block_table: ``[tokens / s_q, max_pages]`` int32, or None where slots are needed.
         prefill: whether they are of prefills.
-        keys: of the one request that prefilled tokens with a block table are of.
+        keys: of the request whose keys are converted first; 0 where none are.
     """
 
     tokens: slice
@@ -73,20 +80,32 @@ class TokenGroup(NamedTuple):
     keys: int = 0
 
 
-def token_groups(metadata: FusedMLASparseMetadata, tokens: int) -> list[TokenGroup]:
-    """The first `tokens` tokens of the step: its decodes, and its prefills unless vLLM's dense prefill has them."""
+def token_groups(
+    metadata: FusedMLASparseMetadata, tokens: int, converts: Callable[[int, int], bool]
+) -> list[TokenGroup]:
+    """The first `tokens` tokens of the step: its decodes, and its prefills unless vLLM's dense prefill has them.
+
+    A prompt for which `converts(new tokens, keys)` is a group of its own, as is a step's only one.
+    """
     decodes = min(metadata.num_decode_tokens, tokens)
     groups = []
     if decodes:
         s_q = metadata.decode_query_len
         table = metadata.block_table[: decodes // s_q] if s_q else None
         groups.append(TokenGroup(slice(0, decodes), s_q or 1, table, False))
-    if tokens > decodes:
-        table, keys = None, 0
-        if metadata.num_prefills == 1:  # a row of the table that all tokens share, without a copy
-            table = metadata.block_table[metadata.num_decodes :][:1].expand(tokens - decodes, -1)
-            keys = metadata.prefill_max_seq_len
-        groups.append(TokenGroup(slice(decodes, tokens), 1, table, True, keys))
+    begin = end = decodes
+    for request, (count, keys) in enumerate(metadata.prompts, metadata.num_decodes):
+        begin_of_prompt, end = end, end + count
+        if not converts(count, keys):
+            keys = 0
+        if (keys or metadata.num_prefills == 1) and end <= tokens:
+            if begin < begin_of_prompt:
+                groups.append(TokenGroup(slice(begin, begin_of_prompt), 1, None, True))
+            table = metadata.block_table[request : request + 1].expand(count, -1)  # a row, without copies
+            groups.append(TokenGroup(slice(begin_of_prompt, end), 1, table, True, keys))
+            begin = end
+    if begin < tokens:
+        groups.append(TokenGroup(slice(begin, tokens), 1, None, True))
     return groups
 
 
@@ -172,6 +191,11 @@ class FusedMLASparseMetadataBuilder(SparseMLACommonMetadataBuilder[FusedMLASpars
             common_attn_metadata.query_start_loc_cpu, metadata.num_decodes, metadata.num_decode_tokens
         )
         metadata.decode_query_len = length if length in self._limits.query_lens else 0
+        first, last = metadata.num_decodes, metadata.num_decodes + metadata.num_prefills
+        if last > first:
+            counts = common_attn_metadata.query_start_loc_cpu[first : last + 1].diff()
+            keys = common_attn_metadata.seq_lens_cpu_upper_bound[first:last]
+            metadata.prompts = tuple(zip(counts.tolist(), keys.tolist(), strict=True))
         return metadata
 
     def update_draft_decode_metadata(self, metadata: FusedMLASparseMetadata) -> None:

@@ -48,7 +48,7 @@ class SparseFusedMLA(Provider):
         plan = self.plan_for(x)
         indices, meaning = self.lists(x)
         convert = case.prefill and plan.converts(x.dtype, case.b * case.s_q, x.max_len)
-        if convert:  # as vLLM's backend does for a step's only prompt
+        if convert:  # as vLLM's backend does for long prompts
             indices, plan = sparse_lists(x)[0], self._plan.sparse_plan(case.h_q, "bf16", device, prefill=True)
             converted = torch.empty(x.max_len, D_QK, dtype=torch.bfloat16, device=device)
         shapes = plan.workspace_shapes(case.b, case.s_q, case.h_q)
