@@ -2,9 +2,9 @@
 """Rows of an `fp8_ds_mla` cache as bfloat16, for prefill with many heads.
 
 A prefilled request reads each of its rows hundreds of times, and the kernel for 16-bit rows is faster than the one that
-widens codes each time; so vLLM's backend converts a long prompt's once a layer (`SparsePlan.converts`). Scales that are powers
-of two, as vLLM's and this project's writers make them, lose nothing; others round each value to bfloat16, which is why
-the operators, whose caches may be anyone's, do not do it.
+widens codes each time; so vLLM's backend converts a long prompt's once a layer (`SparsePlan.converts`). Scales that are
+powers of two, as vLLM's and this project's writers make them, lose nothing; others round each value to bfloat16, which
+is why the operators, whose caches may be anyone's, do not do it.
 """
 
 import torch
