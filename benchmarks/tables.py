@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Markdown tables of saved benchmark runs: every case beside its floor, the peers and this project's targets.
 
-    python benchmarks/tables.py RUN.json RUN2.json > tables.md
+    python benchmarks/tables.py RUN.json RUN2.json --chain latency_floor.json > tables.md
 
-Rows that failed their check count as not measured. The fastest of a case is bold.
+Rows that failed their check count as not measured. The fastest of a case is bold. With --chain, what latency_floor.py
+measured, dense targets are named that ask for less time than that chain of reads takes with the case's bytes.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from benchmarks.cases import Case
 ALLOWED = 1.05
 """How much slower than the best peer, or than the portable kernel, a case may be."""
 PORTABLE = "fusedmla-portable"
+TILE = 64
+"""Tokens that one program reads at a time."""
 
 
 def floor_us(case: Case, dtype: str, ceilings: dict[str, float]) -> float | None:
@@ -27,6 +30,30 @@ def floor_us(case: Case, dtype: str, ceilings: dict[str, float]) -> float | None
     if not ceilings.get("read_gbs") or not ceilings.get("matmul_tflops"):
         return None
     return max(case.min_bytes(dtype) / ceilings["read_gbs"] / 1e3, case.flops() / ceilings["matmul_tflops"] / 1e6)
+
+
+Chain = dict[int, dict[str, float]]
+"""Microseconds up to a step of latency_floor.py, by the number of programs."""
+
+
+def read_chain(path: pathlib.Path) -> Chain:
+    chain: Chain = {}
+    for row in json.loads(path.read_text())["rows"]:
+        chain.setdefault(row["programs"], {})[row["step"]] = row["median_us"]
+    return chain
+
+
+def least_us(case: Case, floor: float, chain: Chain) -> float:
+    """What a launch cannot do without, one after the other, on the machine of `chain`.
+
+    It starts, reads a length and a page number; then come the keys, in `floor` or in one access's time if that is
+    longer; where requests have to be split, for there are fewer than programs, partial results are exchanged.
+    """
+    tiles = sum(-(-length // TILE) for length in case.seq_lens())
+    programs = max((count for count in chain if count <= tiles), default=min(chain))
+    steps = chain[programs]
+    exchange = steps["exchange"] - steps["keys"] if case.b < programs else 0.0
+    return steps["page"] + max(steps["keys"] - steps["page"], floor) + exchange
 
 
 def number(value: float | None) -> str:
@@ -67,6 +94,25 @@ class Table:
             short = "-" if ratio is None else f"no, {100 * (1 - ratio / target):.0f} % short"
             cells += [f"{target:g}", "yes" if ratio is not None and round(ratio, 2) >= target else short]
         return cells
+
+    def out_of_reach(self, chain: Chain) -> str:
+        """Targets that ask for less than `least_us`, of dense cases."""
+        lines, count = [], 0
+        for name in self.cases:
+            case, ratio = Case.parse(name), self.ratio(name)
+            floor = floor_us(case, self.dtype, self.ceilings)
+            if case.topk is not None or (name, self.dtype) not in targets.RATIOS or ratio is None or floor is None:
+                continue
+            count += 1
+            ours, least = self.median[name, report.OURS], least_us(case, floor, chain)
+            asked = ours * ratio / targets.RATIOS[name, self.dtype]
+            if asked < least:
+                lines.append([name, number(asked), number(least), number(ours)])
+        if not lines:
+            return ""
+        what = "starting, then reading or, if that is longer, multiplying in bf16, and exchanging"
+        title = f"Targets that ask for less than {what} take: {len(lines)} of {count}."
+        return f"{title}\n\n" + report.markdown(["case", "asked for", "least", "fusedmla"], lines)
 
     def text(self) -> str:
         """Cases with targets, absolute targets, the other cases, and how many keep to what was asked for."""
@@ -128,11 +174,20 @@ def versions(run: report.Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=pathlib.Path, nargs="+", help="JSON files of bench_decode.py")
-    for path in parser.parse_args().runs:
+    parser.add_argument(
+        "--chain",
+        type=lambda name: read_chain(pathlib.Path(name)),
+        metavar="JSON",
+        help="a JSON file of latency_floor.py",
+    )
+    args = parser.parse_args()
+    for path in args.runs:
         run = json.loads(path.read_text())
         print(f"# {path.name}\n\nMedian microseconds. {versions(run)}\n")
         for dtype in dict.fromkeys(row["dtype"] for row in run["rows"] if row["status"] == "ok"):
-            print(f"## {dtype} cache\n\n{Table(run, dtype).text()}\n")
+            table = Table(run, dtype)
+            parts = [table.text(), table.out_of_reach(args.chain) if args.chain else ""]
+            print(f"## {dtype} cache\n\n" + "\n\n".join(filter(None, parts)) + "\n")
 
 
 if __name__ == "__main__":
