@@ -23,6 +23,7 @@ from vllm_fusedmla.kernels import (
     combine,
     dense_decode_kernel,
     schedule_kernel,
+    sparse_convert,
     sparse_decode,
     sparse_decode_kernel,
 )
@@ -54,9 +55,10 @@ def sass(cubin: bytes) -> str:
 
 
 def compile_kernel(kernel, types, constants, capability: int, **options) -> dict:
-    dependent = capability >= 90
-    constants = {**constants, "DEPENDENT": dependent}
-    options |= {"launch_pdl": True} if dependent else {}
+    if "DEPENDENT" in kernel.arg_names:
+        dependent = capability >= 90
+        constants = {**constants, "DEPENDENT": dependent}
+        options |= {"launch_pdl": True} if dependent else {}
     signature = signature_of(kernel, types, constants)
     # What a launch finds out by itself: tensors are 16-byte aligned, strides multiples of 16.
     aligned = [i for i, (n, t) in enumerate(signature.items()) if t.startswith("*") or (t == "i32" and "stride" in n)]
@@ -128,6 +130,12 @@ def compile_write(case: dict) -> dict:
     return compile_kernel(cache_write.write_kernel, types, constants, case["capability"], num_warps=1)
 
 
+def compile_convert(case: dict) -> dict:
+    types = {"cache": "*u16", "pages": "*i32", "out": "*u16"}
+    constants = {"PAGE_SIZE": 64, "HAS_PAGES": True, "ROWS": 8, "INTERPRETED": False}
+    return compile_kernel(sparse_convert.convert_kernel, types, constants, case["capability"], num_warps=4)
+
+
 def compile_schedule(case: dict) -> dict:
     constants = {
         "NUM_PROGRAMS": 264, "BLOCK_N": 64, "FIXED": 1, "MIN_TILES": 2, "BATCH_INVARIANT": case["batch_invariant"],
@@ -146,7 +154,7 @@ def compile_combine(case: dict) -> dict:
 def main() -> None:
     compilers = {
         "decode": compile_decode, "sparse": compile_sparse, "sink": compile_sink, "write": compile_write,
-        "schedule": compile_schedule, "combine": compile_combine,
+        "schedule": compile_schedule, "combine": compile_combine, "convert": compile_convert,
     }  # fmt: skip
     reports = []
     for case in json.load(sys.stdin):

@@ -29,6 +29,7 @@ OTHERS: list[dict] = [
     *({"kernel": "write", "cache": cache} for cache in ("bf16", "fp16", "fp8", "fp8_ds_mla")),
     {"kernel": "schedule", "batch_invariant": False},
     {"kernel": "schedule", "batch_invariant": True},
+    {"kernel": "convert"},
     {"kernel": "combine", "block_d": 512},
     {"kernel": "combine", "block_d": 128},
 ]
