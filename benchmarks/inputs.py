@@ -28,7 +28,8 @@ class Inputs:
         case, dtype: what they are for; dtype is the cache's, "bf16", "fp8" or "fp8_ds_mla".
         q: ``[b, s_q, h_q, 576]`` bfloat16.
         cache: ``[num_pages, page_size, 576]`` bfloat16, or float8_e4m3fn holding key / k_scale; or
-            ``[num_pages, page_size, 656]`` uint8, whose scales are powers of two, as vLLM's writer makes them.
+            ``[num_pages, page_size, 656]`` uint8, whose float32 scales are no powers of two, except for prefill, which
+            may convert rows to bfloat16 and so is given what vLLM's writer makes.
         block_table: ``[b, max_pages]`` int32, unused entries 0.
         seq_lens: ``[b]`` int32 on the device; `lengths` is the same on the host.
         k_scale: 0-dim float32; 1 but for fp8.
@@ -72,21 +73,23 @@ class Pool:
     def for_cases(cls, cases: list[Case], device: torch.device) -> "Pool":
         return cls(max(sum(case.pages()) * case.page_size for case in cases), device)
 
-    def _of(self, dtype: str) -> torch.Tensor:
-        if dtype not in self._rows:
+    def _of(self, dtype: str, powers_of_two: bool) -> torch.Tensor:
+        """Rows of a dtype; whether scales are powers of two matters to fp8_ds_mla only."""
+        key = f"{dtype} by powers of two" if powers_of_two and dtype == "fp8_ds_mla" else dtype
+        if key not in self._rows:
             source = self._rows["bf16"]
             width, kind = (D_QK, torch.float8_e4m3fn) if dtype == "fp8" else (CACHE_ROW_BYTES[dtype], torch.uint8)
             quantised = torch.empty(source.shape[0], width, dtype=kind, device=self._device)
             for chunk, target in zip(source.split(_ROWS_AT_A_TIME), quantised.split(_ROWS_AT_A_TIME), strict=True):
-                target.copy_(_to_fp8(chunk) if dtype == "fp8" else _to_ds_mla(chunk))
-            self._rows[dtype] = quantised
-        return self._rows[dtype]
+                target.copy_(_to_fp8(chunk) if dtype == "fp8" else _to_ds_mla(chunk, powers_of_two))
+            self._rows[key] = quantised
+        return self._rows[key]
 
     def inputs(self, case: Case, dtype: str) -> Inputs:
         """A fresh query and page order for `case`; the cached rows are the pool's first ones."""
         pages = case.pages()
         total = sum(pages)
-        cache = self._of(dtype)[: total * case.page_size].view(total, case.page_size, -1)
+        cache = self._of(dtype, case.prefill)[: total * case.page_size].view(total, case.page_size, -1)
         order = torch.randperm(total, generator=self._generator, device=self._device).to(torch.int32)
         table = torch.zeros(case.b, max(pages), dtype=torch.int32, device=self._device)
         ends = itertools.accumulate(pages)
@@ -133,10 +136,12 @@ def _to_fp8(rows: torch.Tensor) -> torch.Tensor:
     return (rows.float() / FP8_K_SCALE).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
-def _to_ds_mla(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of 656 bytes: each quarter of the latent divided by its largest value / 448."""
+def _to_ds_mla(rows: torch.Tensor, powers_of_two: bool) -> torch.Tensor:
+    """Rows of 656 bytes: each quarter of the latent divided by its largest value / 448, or the next power of two."""
     groups = rows[:, :D_V].float().unflatten(1, (4, -1))
-    scales = torch.exp2(torch.ceil(torch.log2((groups.abs().amax(-1) / 448.0).clamp_min(1e-4))))
+    scales = groups.abs().amax(-1).clamp_min(1e-4) / 448.0
+    if powers_of_two:
+        scales = torch.exp2(torch.ceil(torch.log2(scales)))
     codes = (groups / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(1)
     rope = rows[:, D_V:].to(torch.bfloat16).contiguous()
     return torch.cat([part.view(torch.uint8) for part in (codes, scales, rope)], 1)
