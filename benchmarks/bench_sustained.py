@@ -79,9 +79,11 @@ def summary(lines: list[str]) -> dict[str, Any]:
 def run(x: Inputs, name: str, seconds: float) -> report.Row:
     """Call a provider for `seconds`. Never raises: what went wrong is in the row."""
     row: report.Row = {"case": x.case.name, "provider": name, "dtype": x.dtype}
-    table = providers.ALL if x.case.topk is None else providers.SPARSE
+    kind, known = ("dense", providers.ALL) if x.case.topk is None else ("sparse", providers.SPARSE)
+    if name not in known:
+        return row | {"note": f"no {kind} attention"}
     try:
-        provider = table[name]()
+        provider = known[name]()
         row["version"] = provider.load()
         if x.dtype not in provider.dtypes:
             raise providers.Unsupported(f"no {x.dtype} cache")
@@ -99,8 +101,6 @@ def run(x: Inputs, name: str, seconds: float) -> report.Row:
                 wait()
                 count += CALLS
         return row | {"mean_us": elapsed / count * 1e6, "calls": count} | summary(sensors.lines)
-    except KeyError:
-        return row | {"note": f"no {'dense' if x.case.topk is None else 'sparse'} attention"}
     except Exception as error:
         expected = isinstance(error, providers.Unavailable | providers.Unsupported)
         return row | {"note": str(error) if expected else one_line(error)}

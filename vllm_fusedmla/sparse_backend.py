@@ -257,20 +257,21 @@ class FusedMLASparseImpl(StoresTokens, SparseMLACommonImpl[FusedMLASparseMetadat
         if uses_reference():
             sparse_reference.mla_sparse_decode(q, cache, indices, block_table=table, **options)
             return
-        from .kernels.sparse_convert import rows_to_bfloat16
         from .kernels.sparse_decode import mla_sparse_decode
 
-        tokens = indices.shape[0] * indices.shape[1]
+        tokens, limits = indices.shape[0] * indices.shape[1], self._limits
+        plan = limits.plan_converted(cache.device) if group.keys else limits.plan(cache.device, group.prefill, tokens)
+        parts: list[tuple[tuple[int, ...], torch.dtype]]
+        parts = [(shape, torch.float32) for shape in limits.workspace_shapes(plan, tokens)]
         if group.keys:
-            plan = self._limits.plan_converted(cache.device)
-        else:
-            plan = self._limits.plan(cache.device, group.prefill, tokens)
-        shapes = [(shape, torch.float32) for shape in self._limits.workspace_shapes(plan, tokens)]
-        scratch = compat.shared_workspace([*shapes, ((group.keys, layout.D_QK), torch.bfloat16)])
-        workspace, converted = (None, None) if scratch is None else (scratch[:-1], scratch[-1])
-        if group.keys:  # the request's positions are slots of them
+            parts.append(((group.keys, layout.D_QK), torch.bfloat16))
+        workspace = compat.shared_workspace(parts)
+        if group.keys:  # the request's positions are slots of what they are converted to
+            from .kernels.sparse_convert import rows_to_bfloat16
+
             assert table is not None
             logger.info_once("FUSEDMLA: long prompts are attended to on their keys converted to bfloat16.")
+            converted = None if workspace is None else workspace[-1]
             cache, table = rows_to_bfloat16(cache, table[0], group.keys, converted).unsqueeze(1), None
         mla_sparse_decode(q, cache, indices, block_table=table, plan=plan, workspace=workspace, **options)
 

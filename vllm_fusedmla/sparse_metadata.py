@@ -3,7 +3,8 @@
 
 The indexer leaves, for each token of the step, positions of keys within the token's request, -1 where there are fewer,
 in one buffer for all layers. Where every request has equally many tokens, the operator takes them as they are, with
-the requests' block tables. Otherwise they are turned into slots of the cache first.
+the requests' block tables. Otherwise they are turned into slots of the cache first, but for prompts with a launch of
+their own.
 """
 
 from __future__ import annotations

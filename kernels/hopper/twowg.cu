@@ -9,8 +9,9 @@
 //   multiplier B             |              |                    | O[:, 256:] += P V
 //
 // In clusters, and with listed keys, the second multiplier waits until the next S is there, so that the tensor cores have
-// work during its softmax. As the scorer has no part of O, there is room for most of the query in its registers, and with that out of
-// shared memory almost three tiles fit there. It runs ahead into the next item while the multipliers write their results.
+// work during its softmax. As the scorer has no part of O, there is room for most of the query in its registers, and with
+// that out of shared memory almost three tiles fit there. It runs ahead into the next item while the multipliers write
+// their results.
 //
 // With more than 64 rows two CTAs form a cluster: both work on the same tiles for different rows, each copies half of a
 // tile and multicasts it to both, which halves the traffic out of L2.

@@ -277,7 +277,7 @@ __device__ inline int first_row() {
 
 // One arrival of this warp, which has converged. Where 16-bit keys are listed, ptxas has no register for who arrives.
 __device__ inline void warp_arrive(uint32_t barrier) {
-    if ((kFencesAfterCopies ? thread_anew() : threadIdx.x) % kWarp == 0) mbarrier_arrive(barrier);
+    if ((kGather && !kScaled ? thread_anew() : threadIdx.x) % kWarp == 0) mbarrier_arrive(barrier);
 }
 
 // The same in every CTA of the cluster: their copies fill this CTA's memory too. What it guards was only read, so it
