@@ -48,7 +48,7 @@ def chain_us(case: Case, floor: float, chain: Chain) -> float:
 
     It starts, reads a length and a page number; then come the keys, in `floor` or in one access's time if that is
     longer; where there are fewer requests than programs, partial results are exchanged through global memory.
-    Shared memory of a cluster is a shorter way for that, where a request's programs are one.
+    Shared memory of a cluster is another way for that, where a request's programs are one.
     """
     tiles = sum(-(-length // TILE) for length in case.seq_lens())
     programs = max((count for count in chain if count <= tiles), default=min(chain))
