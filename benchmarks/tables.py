@@ -99,13 +99,13 @@ class Table:
     def below_chain(self, chain: Chain) -> str:
         """Targets of dense cases that ask for less than `chain_us`, beside what it is without the exchange."""
         lines, count, lower = [], 0, 0
+        alone = {programs: steps | {"exchange": steps["keys"]} for programs, steps in chain.items()}
         for name in self.cases:
             case, ratio = Case.parse(name), self.ratio(name)
             floor = floor_us(case, self.dtype, self.ceilings)
             if case.topk is not None or (name, self.dtype) not in targets.RATIOS or ratio is None or floor is None:
                 continue
             count += 1
-            alone = {count: steps | {"exchange": steps["keys"]} for count, steps in chain.items()}
             with_exchange, without = (chain_us(case, floor, which) for which in (chain, alone))
             ours = self.median[name, report.OURS]
             asked = ours * ratio / targets.RATIOS[name, self.dtype]
