@@ -104,30 +104,50 @@ def test_many_pieces_of_a_request(name, emulator):
     forced.assert_right(name, problem, *attend(emulator, name, problem, programs=6))
 
 
+@pytest.mark.parametrize("name", ["swapab_fp8_n16", "swapab_fp8_ds_mla_n8"])
+def test_a_request_longer_than_the_ring(name, emulator):
+    """Warpgroups take its tiles in turns; a late one lets another run ahead."""
+    problem = dense_problem(name, [random.randint(1000, 1500)])
+    forced.assert_right(name, problem, *attend(emulator, name, problem, programs=1))
+
+
 def test_many_blocks_of_rows(emulator):
     """As small batches of many rows are decoded."""
     problem = make_problem([300, 0, 65], h_q=random.randint(65, 80), cache_format="fp8", page_size=64)
     forced.assert_right("swapab_fp8_n16", problem, *attend(emulator, "swapab_fp8_n16", problem, programs=2))
 
 
+def attend_to_lists(emulator, name, problem, programs):
+    cache_format, kernel, heads = SPARSE[name]
+    config = DecodeConfig(kernel, heads, 64, 12, 0, 1, 1, 1, "forced")
+    plan = make_sparse_plan(config, problem.q.shape[2], programs, batch_invariant=random.random() < 0.3)
+    emulator.num_sms = random.choice([8, 16])
+    result = sparse_decode.mla_sparse_decode(*problem.arguments(), plan=plan, **problem.keywords())
+    assert emulator.launched[-1] == name
+    return result
+
+
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_twice(name, emulator):
-    cache_format, kernel, heads = SPARSE[name]
+    cache_format, _, heads = SPARSE[name]
     problem = make_sparse_problem(
         random_lengths(2, 700), h_q=random.randint(1, heads), s_q=random.choice([1, 2]), topk=random.choice([64, 448]),
         cache_format=cache_format, slots=random.random() < 0.5, lengths=random.random() < 0.5,
         holes=random.choice([0.0, 0.2, 0.9]),
     )  # fmt: skip
-    h_q = problem.q.shape[2]
-    config = DecodeConfig(kernel, heads, 64, 12, 0, 1, 1, 1, "forced")
-    plan = make_sparse_plan(config, h_q, random.choice([3, 8, 16]), batch_invariant=random.random() < 0.3)
-    emulator.num_sms = random.choice([8, 16])
-    first, second = (
-        sparse_decode.mla_sparse_decode(*problem.arguments(), plan=plan, **problem.keywords()) for _ in range(2)
-    )
-    assert emulator.launched[-1] == name
+    programs, state = random.choice([3, 8, 16]), random.getstate()
+    first = attend_to_lists(emulator, name, problem, programs)
+    random.setstate(state)
+    second = attend_to_lists(emulator, name, problem, programs)
     assert_matches(problem, *first)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", ["swapab_gather_bf16_n8", "swapab_gather_fp8_ds_mla_n16"])
+def test_a_list_longer_than_the_ring(name, emulator):
+    cache_format, _, heads = SPARSE[name]
+    problem = make_sparse_problem([1200], h_q=random.randint(1, heads), topk=1024, cache_format=cache_format)
+    assert_matches(problem, *attend_to_lists(emulator, name, problem, programs=1))
 
 
 MISTAKES = {  # kernel: file, what is left out of it, the complaint

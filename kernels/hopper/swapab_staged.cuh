@@ -31,7 +31,11 @@ using Place = int;  // of a tile: its stage
 using TileRing = Ring<Layout::kStages>;
 
 __device__ inline Place place_of(const TileRing& ring) { return ring.stage(); }
+// A barrier tells no more than the parity of its phase. The tile that was in the stage before may be the other warpgroup's
+// and still be on its way while this one is two tiles further: it has to be released first, or its phase would be taken
+// for that of the tile before it, which is this one's, too.
 __device__ inline void wait_for_tile(const Shared& shared, const TileRing& ring) {
+    if constexpr (Layout::kStages % 2 != 0) mbarrier_wait(shared.empty(ring.stage()), ring.phase() ^ 1);
     mbarrier_wait(shared.full(ring.stage()), ring.phase());
 }
 __device__ inline void release_tile(const Shared& shared, const TileRing& ring) {

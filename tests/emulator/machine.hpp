@@ -79,7 +79,7 @@ struct Machine {
     Thread* thread = nullptr;
     ucontext_t scheduler;
     std::mt19937 random;
-    std::vector<std::function<void()>> in_flight;
+    std::vector<std::function<void()>> in_flight, late;
     std::string failure;
 
     bool coin() { return random() & 1; }
@@ -214,15 +214,15 @@ inline void complete(Mbarrier& barrier, int bytes) { barrier.bytes -= bytes, bar
 
 // ---- what goes on by itself ----
 
-// At once or later, in any order.
+// At once or later, in any order; seldom so late that nobody can go on without it.
 inline void sometime(std::function<void()> action) {
-    if (the().random() % 4 == 0)
+    const unsigned when = the().random() % 32;
+    if (when < 8)
         action();
     else
-        the().in_flight.push_back(std::move(action));
+        (when == 8 ? the().late : the().in_flight).push_back(std::move(action));
 }
-inline void run_one_in_flight() {
-    auto& all = the().in_flight;
+inline void run_one_of(std::vector<std::function<void()>>& all) {
     const size_t i = the().random() % all.size();
     const auto action = std::move(all[i]);
     all[i] = std::move(all.back());
@@ -291,7 +291,7 @@ inline void run(std::function<void()> body, Dim grid, int threads, int cluster_s
     machine.grid = grid;
     machine.threads = threads;
     machine.random.seed(seed);
-    machine.in_flight.clear();
+    machine.in_flight.clear(), machine.late.clear();
     machine.failure.clear();
     std::vector<std::unique_ptr<Cluster>> clusters;
     std::vector<std::unique_ptr<Cta>> owned;
@@ -345,17 +345,18 @@ inline void run(std::function<void()> body, Dim grid, int threads, int cluster_s
                 done += thread->done;
                 if (!machine.failure.empty()) break;
             }
-            if (!machine.in_flight.empty() && machine.random() % 4 == 0) run_one_in_flight();
+            if (!machine.in_flight.empty() && machine.random() % 4 == 0) run_one_of(machine.in_flight);
         }
         if (!progress && frozen) {  // until nobody else can go on
             for (auto& warp : warps) warp->frozen = 0;
             continue;
         }
-        if (!progress && !machine.in_flight.empty()) run_one_in_flight(), progress = true;
+        for (auto* actions : {&machine.in_flight, &machine.late})
+            if (!progress && !actions->empty()) run_one_of(*actions), progress = true;
         idle = progress ? 0 : idle + 1;
         if (idle > 100 && machine.failure.empty()) machine.failure = who_waits(ctas);
     }
-    if (machine.failure.empty() && !machine.in_flight.empty()) machine.failure = "copies are still on their way";
+    if (machine.failure.empty() && !(machine.in_flight.empty() && machine.late.empty())) machine.failure = "copies are still on their way";
     for (Cta* cta : ctas) std::free(cta->memory);
     if (!machine.failure.empty()) throw Failure(machine.failure);
 }
