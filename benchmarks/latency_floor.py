@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a decode step of one short request takes at least: its chain of reads and its exchange, with no arithmetic.
+"""How long a decode step takes without any arithmetic: its chain of reads, its keys and its exchange.
 
     python benchmarks/latency_floor.py --json floor.json
 
 Programs of a kernel each do, step after step: start; read the request's length; read a page number; read that page's
 tile of 64 fp8 keys; publish 16 x 512 float32 results, wait until all programs have, and add up an equal share of
 everybody's. Each line has the time of all steps up to that one, timed as `bench_decode.py` times kernels.
+
+Then, for sizes from 1 MiB on, how long a kernel takes that only reads so much. With the flush that overwrites L2 it
+includes writing back what that left there, as every kernel of a benchmark has to.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import timing
+from benchmarks.read_rate import sum_of_blocks
 
 STEPS = ("start", "length", "page", "keys", "exchange")
 TILE_WORDS = 64 * 576 // 4
@@ -93,15 +97,25 @@ class Chain:
         return found[step] if step < 4 else sums.sum().expand_as(sums)
 
 
+def read_us(timer: timing.Timer, mib: int, source: torch.Tensor) -> timing.Timing:
+    """Time reading the first so many MiB of `source`, float32: by the faster of two kernels."""
+    values = source[: mib << 18]
+    sums = sum_of_blocks(values)
+    ways = (lambda: sum_of_blocks(values, sums), lambda: values.sum())
+    return min((timer.measure(timing.capture(way, timer.device)) for way in ways), key=lambda t: t.median_us)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--pages", type=int, default=16384)
+    parser.add_argument("--mib", type=int, nargs="+", default=[1 << i for i in range(12)])
     parser.add_argument("--reps", type=int, default=25)
+    parser.add_argument("--flush", choices=["write", "read"], default="write")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     device = torch.device("cuda")
-    timer = timing.Timer(device, reps=args.reps)
+    timer = timing.Timer(device, reps=args.reps, flush=args.flush)
     rows = []
     for programs in args.programs:
         chain = Chain(programs, args.pages, device)
@@ -112,8 +126,16 @@ def main() -> None:
                 {"programs": programs, "step": name, "median_us": measured.median_us, "p20_us": measured.p20_us}
             )
             print(f"{programs:4} programs, {name:9} {measured.median_us:6.2f} us", flush=True)
+    source = torch.rand(max(args.mib) << 18, device=device)
+    reads = []
+    for mib in args.mib:
+        measured = read_us(timer, mib, source)
+        reads.append({"mib": mib, "median_us": measured.median_us, "p20_us": measured.p20_us})
+        gbs = (mib << 20) / measured.median_us / 1e3
+        print(f"{mib:5} MiB read {measured.median_us:7.2f} us, {gbs:5.0f} GB/s", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"rows": rows} | timing.environment(device), indent=1) + "\n")
+        found = {"rows": rows, "reads": reads, "flush": args.flush} | timing.environment(device)
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

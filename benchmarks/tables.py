@@ -17,12 +17,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import report, targets
 from benchmarks.cases import Case
+from benchmarks.chain import Chain
 
 ALLOWED = 1.05
 """How much slower than the best peer, or than the portable kernel, a case may be."""
 PORTABLE = "fusedmla-portable"
-TILE = 64
-"""Tokens that one program reads at a time."""
 
 
 def floor_us(case: Case, dtype: str, ceilings: dict[str, float]) -> float | None:
@@ -30,31 +29,6 @@ def floor_us(case: Case, dtype: str, ceilings: dict[str, float]) -> float | None
     if not ceilings.get("read_gbs") or not ceilings.get("matmul_tflops"):
         return None
     return max(case.min_bytes(dtype) / ceilings["read_gbs"] / 1e3, case.flops() / ceilings["matmul_tflops"] / 1e6)
-
-
-Chain = dict[int, dict[str, float]]
-"""Microseconds up to a step of latency_floor.py, by the number of programs."""
-
-
-def read_chain(path: pathlib.Path) -> Chain:
-    chain: Chain = {}
-    for row in json.loads(path.read_text())["rows"]:
-        chain.setdefault(row["programs"], {})[row["step"]] = row["median_us"]
-    return chain
-
-
-def chain_us(case: Case, floor: float, chain: Chain) -> float:
-    """How long latency_floor.py's chain takes with the case's keys. A measure, no bound of what other kernels can do.
-
-    It starts, reads a length and a page number; then come the keys, in `floor` or in one access's time if that is
-    longer; where there are fewer requests than programs, partial results are exchanged through global memory.
-    Shared memory of a cluster is another way for that, where a request's programs are one.
-    """
-    tiles = sum(-(-length // TILE) for length in case.seq_lens())
-    programs = max((count for count in chain if count <= tiles), default=min(chain))
-    steps = chain[programs]
-    exchange = steps["exchange"] - steps["keys"] if case.b < programs else 0.0
-    return steps["page"] + max(steps["keys"] - steps["page"], floor) + exchange
 
 
 def number(value: float | None) -> str:
@@ -97,16 +71,14 @@ class Table:
         return cells
 
     def below_chain(self, chain: Chain) -> str:
-        """Targets of dense cases that ask for less than `chain_us`, beside what it is without the exchange."""
+        """Targets of dense cases that ask for less than a decode without arithmetic takes, see `Chain.us`."""
         lines, count, lower = [], 0, 0
-        alone = {programs: steps | {"exchange": steps["keys"]} for programs, steps in chain.items()}
         for name in self.cases:
-            case, ratio = Case.parse(name), self.ratio(name)
-            floor = floor_us(case, self.dtype, self.ceilings)
-            if case.topk is not None or (name, self.dtype) not in targets.RATIOS or ratio is None or floor is None:
+            case, ratio, rate = Case.parse(name), self.ratio(name), self.ceilings.get("matmul_tflops")
+            if case.topk is not None or (name, self.dtype) not in targets.RATIOS or ratio is None or not rate:
                 continue
             count += 1
-            with_exchange, without = (chain_us(case, floor, which) for which in (chain, alone))
+            with_exchange, without = (chain.us(case, self.dtype, rate, exchange) for exchange in (True, False))
             ours = self.median[name, report.OURS]
             asked = ours * ratio / targets.RATIOS[name, self.dtype]
             if asked < with_exchange:
@@ -181,7 +153,7 @@ def main() -> None:
     parser.add_argument("runs", type=pathlib.Path, nargs="+", help="JSON files of bench_decode.py")
     parser.add_argument(
         "--chain",
-        type=lambda name: read_chain(pathlib.Path(name)),
+        type=lambda name: Chain.load(pathlib.Path(name)),
         metavar="JSON",
         help="a JSON file of latency_floor.py",
     )

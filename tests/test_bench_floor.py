@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks import latency_floor  # noqa: E402
+from benchmarks import latency_floor, timing  # noqa: E402
 
 
 @pytest.mark.parametrize("step", range(len(latency_floor.STEPS)))
@@ -18,3 +18,8 @@ def test_steps(step: int, device: str) -> None:
     for _ in range(2):
         torch.testing.assert_close(chain.run(step), chain.expected(step))
     assert not chain.counters.any()
+
+
+def test_reading_takes_time(device: str) -> None:
+    timer = timing.Timer(torch.device(device), reps=3)
+    assert latency_floor.read_us(timer, 1, torch.rand(1 << 18, device=device)).median_us > 0

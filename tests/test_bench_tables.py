@@ -60,24 +60,14 @@ def test_absolute_targets():
     assert "targets met" not in text  # nothing to compare with
 
 
-def chain(start: float, page: float, keys: float, exchange: float) -> dict[str, float]:
+def steps(start: float, page: float, keys: float, exchange: float) -> dict[str, float]:
     return {"start": start, "length": start, "page": page, "keys": keys, "exchange": exchange}
 
 
-def test_the_chain_with_a_case_s_keys():
-    measured = {1: chain(3, 4, 6, 9), 16: chain(4, 5, 7, 11), 128: chain(4, 6, 9, 13)}
-    for name, floor, least in (
-        ("b1 h16 kv64", 0.5, 4 + 2),  # one program: nothing to exchange
-        ("b1 h16 kv1000", 0.5, 5 + 2 + 4),  # 16 tiles
-        ("b2 h16 kv4096", 20.0, 6 + 20 + 4),
-        ("b128 h16 kv64", 20.0, 6 + 20),  # a request for each
-    ):
-        assert tables.chain_us(Case.parse(name), floor, measured) == pytest.approx(least)
-
-
 def test_targets_below_the_chain_are_named(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
-    rows = [{"programs": 16, "step": step, "median_us": us} for step, us in chain(4, 5, 7, 11).items()]
-    (tmp_path / "chain.json").write_text(json.dumps({"rows": rows}))
+    rows = [{"programs": 16, "step": step, "median_us": us} for step, us in steps(4, 5, 7, 11).items()]
+    reads = [{"mib": mib, "median_us": 4 + mib / 8} for mib in (1, 4)]
+    (tmp_path / "chain.json").write_text(json.dumps({"rows": rows, "reads": reads}))
     target = targets.RATIOS[AIMED, "bf16"]
     for asked, found in ((10.9, True), (11.1, False)):
         times = {

@@ -87,7 +87,7 @@ class ClusterMerge {
         for (int i = threadIdx.x % kWarpgroup; i < ranks_ * N; i += kWarpgroup) {
             const int n = i % N, to = i / N;
             const uint32_t place = shared_.address() + Layout::kRowSums + (rank_ * N + n) * 8;
-            const RowSum row = sum_of_row(shared_, n);
+            const RowSum<2> row = sum_of_row<2>(shared_, n);
             send(address_in(place, to), address_in(told(), to), row.top, row.total);
         }
         mbarrier_wait(told(), 0);

@@ -26,10 +26,10 @@ __device__ inline void join_in_ring(const Shared& shared, const TileRing& ring, 
         float4* to = room_in(shared, place_of(own), b) + thread;
 #pragma unroll
         for (int i = 0; i < N / 2; i += 4) {
-            to[i / 4 * kWarpgroup] = {given_of(state, b, i), given_of(state, b, i + 1), given_of(state, b, i + 2),
-                                      given_of(state, b, i + 3)};
+            to[i / 4 * kWarpgroup] = {of_half(state, 1 - warpgroup, b, i), of_half(state, 1 - warpgroup, b, i + 1),
+                                      of_half(state, 1 - warpgroup, b, i + 2), of_half(state, 1 - warpgroup, b, i + 3)};
 #pragma unroll
-            for (int k = 0; k < 4; ++k) o[b][i + k] = kept_of(state, b, i + k);
+            for (int k = 0; k < 4; ++k) o[b][i + k] = of_half(state, warpgroup, b, i + k);
         }
     }
     fence_proxy_async();  // a later tile's copy must not come before them
@@ -37,7 +37,7 @@ __device__ inline void join_in_ring(const Shared& shared, const TileRing& ring, 
     float mine[kColumns], theirs[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-        const RowSum row = sum_of_row(shared, column_of(c));
+        const RowSum<2> row = sum_of_row<2>(shared, column_of(c));
         mine[c] = warpgroup ? row.factor[1] : row.factor[0], theirs[c] = warpgroup ? row.factor[0] : row.factor[1];
         norm[c] = norm_of(row);
     }

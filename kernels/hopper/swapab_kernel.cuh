@@ -23,10 +23,11 @@ __device__ inline int likely_request(const Params& p) {
 __device__ void merge(const Params& p, const Shared& shared, const Item& item) {
     const int row0 = first_row_of_block(), rows = min(p.s_q * p.h_q - row0, N);
     const bool to_fp16 = out_is_fp16(p);
+    if (thread_anew() >= kTwo) return;
     if (item.pieces > 4)
-        MergeShare<RowByRow, kConsumers, 1, 8>(p, item, row0, rows, threadIdx.x).run(to_fp16, kAllConsumers, shared.scratch());
+        MergeShare<RowByRow, kTwo, 1, 8>(p, item, row0, rows, threadIdx.x).run(to_fp16, kFirstTwo, shared.scratch());
     else
-        MergeShare<RowByRow, kConsumers, 4, 2>(p, item, row0, rows, threadIdx.x).run(to_fp16, kAllConsumers, shared.scratch());
+        MergeShare<RowByRow, kTwo, 4, 2>(p, item, row0, rows, threadIdx.x).run(to_fp16, kFirstTwo, shared.scratch());
 }
 
 __device__ void consume(const Params& p, const Shared& shared) {
@@ -81,11 +82,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) FUSEDMLA_ENTRY(const _
     if (threadIdx.x < kConsumers) {
         __syncwarp();
         named_barrier_arrive(kReady, kConsumers + kWarp);
-        raise_registers<kConsumerRegisters>();
+        raise_registers<Layout::kConsumerRegisters>();
         named_barrier_sync(kAllConsumers, kConsumers);  // barriers are there
         consume(p, shared);
     } else {
-        lower_registers<kProducerRegisters>();
+        lower_registers<Layout::kProducerRegisters>();
         if (threadIdx.x < kConsumers + kWarp) produce(p, shared);
     }
 }

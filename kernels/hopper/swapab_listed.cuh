@@ -45,11 +45,9 @@ struct TileRing {
 __device__ inline Place place_of(const TileRing& ring) { return {ring.slot(0)}; }
 // The rows that were in the slots before are released first, see swapab_staged.cuh; a lane looks at one slot.
 __device__ inline void wait_for_tile(const Shared& shared, const TileRing& ring) {
-    if constexpr (Layout::kSlots % (2 * kSlotsOfTile) != 0) {
-        const unsigned lane = threadIdx.x % kWarp;
-        if (lane < kSlotsOfTile) mbarrier_wait(shared.empty(ring.slot(lane)), ring.phase(lane) ^ 1);
-        __syncwarp();
-    }
+    const unsigned lane = threadIdx.x % kWarp;
+    if (lane < kSlotsOfTile) mbarrier_wait(shared.empty(ring.slot(lane)), ring.phase(lane) ^ 1);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < kSlotsOfTile; ++i) mbarrier_wait(shared.full(ring.slot(i)), ring.phase(i));
 }
@@ -89,8 +87,8 @@ __device__ inline uint32_t latent_unit(const ListedTile& tile, int token, int un
 }
 
 // The four scales of a token of fp8_ds_mla.
-__device__ inline float4 scales_of(const Shared& shared, const Place& tile, int token) {
-    return *reinterpret_cast<const float4*>(shared.base + (tile.row(token) - shared.address()) + kLatent);
+__device__ inline const float* scales_at(const Shared& shared, const Place& tile, int token) {
+    return reinterpret_cast<const float*>(shared.base + (tile.row(token) - shared.address()) + kLatent);
 }
 
 // Scores over STEPS x 16 elements of 16 bits, from byte FIRST of a row on; without WAIT they are begun.
@@ -99,6 +97,7 @@ __device__ inline void scores_of_elements(float (&s)[N / 2], const ListedTile& t
     constexpr int kBatch = 2 * kFragmentBatch<N>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
     const uint32_t row = tile.row(warp * 16 + lane % 16) + FIRST + lane / 16 * 16;
+    const uint32_t units = in_uniform_register(units_of(query));
     uint32_t raw[2][kBatch][4];
     const auto load = [&](int batch) {
 #pragma unroll
@@ -112,7 +111,7 @@ __device__ inline void scores_of_elements(float (&s)[N / 2], const ListedTile& t
 #pragma unroll
         for (int step = 0; step < kBatch; ++step) {
             const int k = batch * kBatch + step;
-            const uint64_t q = descriptor_128b(query + k / 4 * N * 128) + k % 4 * 2;
+            const uint64_t q = descriptor<1024>(units + k / 4 * N * 8 + k % 4 * 2);
             Wgmma<T, N>::registers(s, raw[batch % 2][step], q, k > 0);
         }
         wgmma_commit();
@@ -144,6 +143,7 @@ __device__ inline void accumulate_16bit(float (&o)[BLOCKS][N / 2], const ListedT
                                         int first = 0) {
     constexpr int kBatch = 2 * kFragmentBatch<N>, kBatches = 4 * BLOCKS / kBatch;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
+    const uint32_t units = in_uniform_register(units_of(weights));
     uint32_t raw[2][kBatch][4];
     const auto load = [&](int batch) {
 #pragma unroll
@@ -162,7 +162,7 @@ __device__ inline void accumulate_16bit(float (&o)[BLOCKS][N / 2], const ListedT
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
             const int at = batch * kBatch + i;
-            Wgmma<T, N>::registers(o[at % BLOCKS], raw[batch % 2][i], descriptor_128b(weights) + at / BLOCKS * 2, true);
+            Wgmma<T, N>::registers(o[at % BLOCKS], raw[batch % 2][i], descriptor<1024>(units + at / BLOCKS * 2), true);
         }
         wgmma_commit();
         wgmma_wait<1>();

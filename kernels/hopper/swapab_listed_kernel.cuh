@@ -51,7 +51,7 @@ __device__ inline void consume(const Params& p, const Shared& shared) {
     if (cluster_size() > 1) cluster_arrive_relaxed();
     launch_dependents();
     wait_for_predecessor();
-    if constexpr (kMovesRegisters) raise_registers<kConsumerRegisters>();
+    if constexpr (kMovesRegisters) raise_registers<Layout::kConsumerRegisters>();
     TileRing ring;
 #pragma unroll 1
     for (int request = cluster_id(); request < p.schedule.b; request += gridDim.x) {  // a cluster's CTA has but one
@@ -71,7 +71,7 @@ __device__ inline void gather(const Params& p, const Shared& shared) {
     if (cluster_size() > 1) cluster_arrive_relaxed();
     launch_dependents();
     wait_for_predecessor();
-    if constexpr (kMovesRegisters) lower_registers<kProducerRegisters>();
+    if constexpr (kMovesRegisters) lower_registers<Layout::kProducerRegisters>();
     Gatherer gatherer(p, shared);
 #pragma unroll 1
     for (int request = cluster_id(); request < p.schedule.b; request += gridDim.x) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// An item of at most two tiles: each warpgroup scores one; then each multiplies the weights of both by its half of V's
+// An item of at most two tiles: each of two warpgroups scores one; then each multiplies the weights of both by its half of V's
 // columns. They share maxima and sums, so nothing has to be joined in the end.
 // Included by a kernel after it has defined FORMAT, Element, N and Layout.
 #pragma once
@@ -20,26 +20,22 @@ class Pair {
         : p_(p), shared_(shared), item_(item), ring_(ring) {}
 
     // Scores of this warpgroup's tile, no weight where there is none.
-    __device__ void score(float (&s)[N / 2], Scales& scales) const {
+    __device__ void score(float (&s)[N / 2], LargestScales& largest) const {
         const int tile = item_.tile_begin + warpgroup();
         if (tile < item_.tile_end) {
             const TileRing ring = ring_of(warpgroup());
             wait_for_tile(shared_, ring);
             if (prepare_tile(shared_, place_of(ring), tile, item_)) {
-                score_tile(p_, shared_, place_of(ring), scales, s);
+                score_tile(p_, shared_, place_of(ring), largest, s);
                 mask_tile(p_, shared_, place_of(ring), tile, item_, s);
                 return;
             }
         }
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) s[i] = -INFINITY;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            scales.log2_most[half] = 0.f;
-#pragma unroll
-            for (int group = 0; group < 4; ++group) scales.scale[half][group] = 0.f;
-        }
     }
+
+    __device__ Place own_place() const { return place_of(ring_of(warpgroup())); }
 
     // Adds both tiles' values in this warpgroup's columns.
     __device__ void multiply(float (&o)[4][N / 2]) const {
@@ -78,11 +74,11 @@ class Pair {
 };
 
 // Each lane's two tokens' share of the maxima, [row][warp].
-__device__ inline void put_maxima(const Shared& shared, const float (&s)[N / 2], const Scales& scales) {
+__device__ inline void put_maxima(const Shared& shared, const float (&s)[N / 2], const LargestScales& largest) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
         float low = s[c / 2 * 4 + c % 2], high = s[c / 2 * 4 + 2 + c % 2];
-        if constexpr (FORMAT == Format::kFp8DsMla) low += scales.log2_most[0], high += scales.log2_most[1];
+        if constexpr (FORMAT == Format::kFp8DsMla) low += largest.log2[0], high += largest.log2[1];
         const float most = max_over_tokens(fmaxf(low, high));
         if (threadIdx.x % kWarp < 4) shared.exchange()[column_of(c) * 8 + threadIdx.x / kWarp] = most;
     }
@@ -95,10 +91,10 @@ __device__ void attend_in_pairs(const Params& p, const Shared& shared, const Til
                                 float (&o)[4][N / 2], const Meet& meet) {
     const Pair pair(p, shared, ring, item);
     float s[N / 2];
-    Scales scales;
-    pair.score(s, scales);
-    put_maxima(shared, s, scales);
-    named_barrier_sync(kAllConsumers, kConsumers);
+    LargestScales largest;
+    pair.score(s, largest);
+    put_maxima(shared, s, largest);
+    named_barrier_sync(kFirstTwo, kTwo);
     float top[kColumns], total[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -110,7 +106,7 @@ __device__ void attend_in_pairs(const Params& p, const Shared& shared, const Til
         s[i] = exp2_approx(s[i] - top[i / 4 * 2 + i % 2]);
         total[i / 4 * 2 + i % 2] += s[i];
     }
-    put_all_weights(own_weights(shared), s, scales);
+    put_all_weights(shared, pair.own_place(), own_weights(shared), s);
     put_sums(shared, top, total);
     fence_proxy_async();
 #pragma unroll

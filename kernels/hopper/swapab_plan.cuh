@@ -6,15 +6,16 @@
 
 enum class Format { kSixteenBit, kFp8, kFp8DsMla };
 
-constexpr int kConsumers = 256;  // two warpgroups
-constexpr int kThreads = kConsumers + kWarpgroup;  // one warp of the third copies; its registers go to the others
-constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kBlock = kGroup * 128;  // bytes of 8 tokens x 128 bytes: what a swizzle permutes
 
 // What both ways of getting tiles have in common.
-template <Format FORMAT, int N>
+template <Format FORMAT, int N, int WARPGROUPS>
 struct Operands {
+    static constexpr int kWarpgroups = WARPGROUPS;  // that compute
+    static constexpr int kWarps = 4 * kWarpgroups, kConsumers = kWarps * kWarp;
+    static constexpr int kThreads = kConsumers + kWarpgroup;  // registers of the last warpgroup go to the others
+    static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 152 : 224, kProducerRegisters = 56;
     static constexpr int kRowBytes = FORMAT == Format::kSixteenBit ? 1152 : FORMAT == Format::kFp8 ? 576 : 656;
     // The query: N rows in nine blocks of 64 elements. Reused to turn the result around.
     static constexpr int kQueryBlock = N * 128;
@@ -24,16 +25,21 @@ struct Operands {
     static constexpr int kWeightVersions = FORMAT == Format::kFp8DsMla ? 4 : 1;
     static constexpr int kWeightBytes = N * 128;
     // Maxima and sums by warp and row, scales of rows, maxima by warpgroup and row.
-    static constexpr int kExchangeFloats = 2 * 8 * N + N + 2 * N;
+    static constexpr int kExchangeFloats = 2 * kWarps * N + N + kWarpgroups * N;
     static_assert(2 * N * kResultPitch <= kQueryBytes);
-    static_assert(kConsumers * 6 * 4 <= kQueryBytes);  // what merging brings together
+    static_assert(2 * kWarpgroup * 6 * 4 <= kQueryBytes);  // what merging brings together
     static_assert(kQueryBlock % 1024 == 0);
 };
 
+// Of 8-bit tiles and few rows a third warpgroup has registers and room for the tile it holds.
 template <Format FORMAT, int N>
-struct Plan : Operands<FORMAT, N> {
-    using Base = Operands<FORMAT, N>;
-    using Base::kExchangeFloats, Base::kQueryBytes, Base::kRowBytes, Base::kWeightBytes, Base::kWeightVersions;
+constexpr int kPagedWarpgroups = FORMAT != Format::kSixteenBit && N <= 16 ? 3 : 2;
+
+template <Format FORMAT, int N>
+struct Plan : Operands<FORMAT, N, kPagedWarpgroups<FORMAT, N>> {
+    using Base = Operands<FORMAT, N, kPagedWarpgroups<FORMAT, N>>;
+    using Base::kExchangeFloats, Base::kQueryBytes, Base::kRowBytes, Base::kWarpgroups, Base::kWarps;
+    using Base::kWeightBytes, Base::kWeightVersions;
     // A tile: 8 groups of 8 tokens; of a group, blocks of 128 bytes of each token.
     static constexpr int kBlocks = FORMAT == Format::kSixteenBit ? 9 : 4;
     static constexpr int kGroupBytes = kBlocks * kBlock;
@@ -44,15 +50,15 @@ struct Plan : Operands<FORMAT, N> {
     static constexpr int kItems = 4;  // handed to the computing warps ahead of time
     static constexpr int kItemBytes = 48;
     static constexpr int kFixedBytes =
-        kQueryBytes + 2 * kWeightVersions * kWeightBytes + kExchangeFloats * 4 + 512 /* barriers, items */;
+        kQueryBytes + kWarpgroups * kWeightVersions * kWeightBytes + kExchangeFloats * 4 + 512 /* barriers, items */;
     static constexpr int kStages = (kSharedLimit - kFixedBytes) / kStageBytes < 6
                                        ? (kSharedLimit - kFixedBytes) / kStageBytes
                                        : 6;
 
     static constexpr int kQuery = kStages * kStageBytes;
     static constexpr int kWeights = kQuery + kQueryBytes;
-    static constexpr int kExchange = kWeights + 2 * kWeightVersions * kWeightBytes;
-    static constexpr int kRowScale = kExchange + 16 * N * 4;
+    static constexpr int kExchange = kWeights + kWarpgroups * kWeightVersions * kWeightBytes;
+    static constexpr int kRowScale = kExchange + 2 * kWarps * N * 4;
     static constexpr int kBarriers = kExchange + kExchangeFloats * 4;
     static constexpr int kItemQueue = kBarriers + 16 * (kStages + kItems);
     static constexpr int kBytes = kItemQueue + kItems * kItemBytes;
@@ -70,9 +76,10 @@ constexpr int most_slots(int slot_bytes, int fixed) {
 // Of listed keys. Rows lie as they do in memory, some padded so that eight of them are in different banks; they are
 // operands through registers only. The ring's slots hold what a copying warp brings of a tile.
 template <Format FORMAT, int N>
-struct ListedPlan : Operands<FORMAT, N> {
-    using Base = Operands<FORMAT, N>;
-    using Base::kExchangeFloats, Base::kQueryBytes, Base::kRowBytes, Base::kWeightBytes, Base::kWeightVersions;
+struct ListedPlan : Operands<FORMAT, N, 2> {
+    using Base = Operands<FORMAT, N, 2>;
+    using Base::kExchangeFloats, Base::kQueryBytes, Base::kRowBytes, Base::kWarpgroups, Base::kWarps;
+    using Base::kWeightBytes, Base::kWeightVersions;
     static constexpr int kPitch = kRowBytes / 16 % 2 ? kRowBytes : kRowBytes + 16;
     static constexpr int kCopiers = 4;  // warps
     static constexpr int kSlotRows = kTile / kCopiers, kSlotBytes = kSlotRows * kPitch;
@@ -80,14 +87,14 @@ struct ListedPlan : Operands<FORMAT, N> {
     static constexpr int kMostRanks = 16;
     static constexpr int kColumnSets = kLatent / 16, kSetBytes = N * 16 * 4;
     static constexpr int kRowSumBytes = kMostRanks * N * 8, kOwnerBytes = kColumnSets * 8;
-    static constexpr int kFixedBytes = kQueryBytes + 2 * kWeightVersions * kWeightBytes + kExchangeFloats * 4 +
+    static constexpr int kFixedBytes = kQueryBytes + kWarpgroups * kWeightVersions * kWeightBytes + kExchangeFloats * 4 +
                                        kRowSumBytes + kOwnerBytes + 16 /* barriers of a cluster */;
     static constexpr int kSlots = most_slots(kSlotBytes, kFixedBytes);
 
     static constexpr int kQuery = (kSlots * kSlotBytes + 1023) / 1024 * 1024;
     static constexpr int kWeights = kQuery + kQueryBytes;
-    static constexpr int kExchange = kWeights + 2 * kWeightVersions * kWeightBytes;
-    static constexpr int kRowScale = kExchange + 16 * N * 4;
+    static constexpr int kExchange = kWeights + kWarpgroups * kWeightVersions * kWeightBytes;
+    static constexpr int kRowScale = kExchange + 2 * kWarps * N * 4;
     static constexpr int kRowSums = kExchange + kExchangeFloats * 4;
     static constexpr int kOwners = kRowSums + kRowSumBytes;
     static constexpr int kBarriers = kOwners + kOwnerBytes;

@@ -8,13 +8,32 @@
 
 namespace {
 
-struct Scales {  // of the lane's two tokens, fp8_ds_mla, and the largest one's base-2 logarithm
-    float scale[2][4];
-    float log2_most[2];
+// The first of the lane's two tokens in a tile; the other one is 8 further.
+__device__ inline int token_of_lane() {
+    const unsigned thread = thread_anew();
+    return thread / kWarp % 4 * 16 + thread % kWarp / 4;
+}
+
+// Of the lane's two tokens, fp8_ds_mla: the base-2 logarithm of the largest scale. The scales themselves are read from
+// the tile where they are needed: registers are scarce.
+struct LargestScales {
+    float log2[2] = {0.f, 0.f};
+
+    __device__ void load(const Shared& shared, const Place& place) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float4 four = *reinterpret_cast<const float4*>(scales_at(shared, place, token_of_lane() + 8 * half));
+            const float most = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
+            log2[half] = fmaxf(log2_approx(most), -60.f);  // finite even if all scales are 0
+        }
+    }
 };
 
+// Of fp8_ds_mla's scores: so many sums leave few registers.
+constexpr int kScoreBatch = Layout::kWarpgroups == 3 ? 1 : kFragmentBatch<N>;
+
 // Scores of the lane's two tokens in base 2, from the tile and the query.
-__device__ inline void score_tile(const Params& p, const Shared& shared, Place place, Scales& scales,
+__device__ inline void score_tile(const Params& p, const Shared& shared, const Place& place, LargestScales& largest,
                                   float (&s)[N / 2]) {
     const auto tile = shared.tile(place);
     const uint32_t query = shared.address() + Layout::kQuery;
@@ -28,32 +47,24 @@ __device__ inline void score_tile(const Params& p, const Shared& shared, Place p
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) s[i] *= shared.row_scale()[column_of(i / 4 * 2 + i % 2)];
     } else {
-        const int token = threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
-        auto& scale = scales.scale;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float4 four = scales_of(shared, place, token + 8 * half);
-            scale[half][0] = four.x, scale[half][1] = four.y, scale[half][2] = four.z, scale[half][3] = four.w;
-            const float most = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
-            scales.log2_most[half] = fmaxf(log2_approx(most), -60.f);  // finite even if all scales are 0
-        }
+        largest.load(shared, place);
         float sum[N / 2] = {};
-        const auto add = [&](int group) {
+        const auto add_part = [&](int group, const float (&part)[N / 2]) {
+            const float scale[2] = {scales_at(shared, place, token_of_lane())[group],
+                                    scales_at(shared, place, token_of_lane() + 8)[group]};
 #pragma unroll
-            for (int i = 0; i < N / 2; ++i) sum[i] += s[i] * scale[i / 2 % 2][group];
+            for (int i = 0; i < N / 2; ++i) sum[i] += part[i] * scale[i / 2 % 2];
         };
+        const auto add = [&](int group) { add_part(group, s); };
         if constexpr (kGather && N < 24) {  // more would not fit the registers
             scores_rope<false>(s, tile, query);
-            scores_in_groups<N>(tile, query, [&](int group, const float (&part)[N / 2]) {
-#pragma unroll
-                for (int i = 0; i < N / 2; ++i) sum[i] += part[i] * scale[i / 2 % 2][group];
-            });
+            scores_in_groups<N, kScoreBatch>(tile, query, add_part);
             keep_in_order(s);
         } else {
-            scores_8bit<N, 0, 4, false>(s, tile, query, false), add(0);
-            scores_8bit<N, 128, 4, false>(s, tile, query, false), add(1);
-            scores_8bit<N, 256, 4, false>(s, tile, query, false), add(2);
-            scores_8bit<N, 384, 4, false>(s, tile, query, false), add(3);
+            scores_8bit<N, 0, 4, false, kScoreBatch>(s, tile, query, false), add(0);
+            scores_8bit<N, 128, 4, false, kScoreBatch>(s, tile, query, false), add(1);
+            scores_8bit<N, 256, 4, false, kScoreBatch>(s, tile, query, false), add(2);
+            scores_8bit<N, 384, 4, false, kScoreBatch>(s, tile, query, false), add(3);
             scores_rope<true>(s, tile, query);
         }
 #pragma unroll
@@ -83,13 +94,20 @@ __device__ inline uint32_t own_weights(const Shared& shared) {
 }
 
 // P^T relative to the running maximum, one version for each scale group.
-__device__ inline void put_all_weights(uint32_t to, const float (&s)[N / 2], const Scales& scales) {
-    if constexpr (FORMAT == Format::kFp8DsMla) {  // a scale of a token that is not there may be anything
-        float w[N / 2];
+__device__ inline void put_all_weights(const Shared& shared, const Place& place, uint32_t to,
+                                       const float (&s)[N / 2]) {
+    if constexpr (FORMAT == Format::kFp8DsMla) {
+        float all[2] = {0.f, 0.f}, w[N / 2];  // of a token; one that has none may not be there, its scales anything
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) all[i / 2 % 2] += s[i];
 #pragma unroll
         for (int group = 0; group < 4; ++group) {
+            float scale[2];
 #pragma unroll
-            for (int i = 0; i < N / 2; ++i) w[i] = s[i] == 0.f ? 0.f : s[i] * scales.scale[i / 2 % 2][group];
+            for (int half = 0; half < 2; ++half)
+                scale[half] = all[half] > 0.f ? scales_at(shared, place, token_of_lane() + 8 * half)[group] : 0.f;
+#pragma unroll
+            for (int i = 0; i < N / 2; ++i) w[i] = s[i] * scale[i / 2 % 2];
             put_weights(to + group * Layout::kWeightBytes, w);
         }
     } else {
@@ -110,28 +128,37 @@ __device__ inline void put_sums(const Shared& shared, const float (&top)[kColumn
         float sum = total[c];
 #pragma unroll
         for (int step = 4; step < kWarp; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
-        if (threadIdx.x % kWarp < 4) shared.sums()[column_of(c) * 8 + threadIdx.x / kWarp] = sum;
+        if (threadIdx.x % kWarp < 4) shared.sums()[column_of(c) * Layout::kWarps + threadIdx.x / kWarp] = sum;
         if (threadIdx.x % kWarpgroup < 4) shared.tops()[threadIdx.x / kWarpgroup * N + column_of(c)] = top[c];
     }
 }
 
-struct RowSum {  // of both warpgroups: their sums are multiplied by `factor` to be relative to 2^top
-    float top, total, factor[2];
+template <int WARPGROUPS>
+struct RowSum {  // of so many warpgroups: their sums are multiplied by `factor` to be relative to 2^top
+    float top, total, factor[WARPGROUPS];
 };
-__device__ inline RowSum sum_of_row(const Shared& shared, int n) {
-    const float tops[2] = {shared.tops()[n], shared.tops()[N + n]};
-    const float4* sums = reinterpret_cast<const float4*>(shared.sums() + n * 8);
-    const float4 first = sums[0], second = sums[1];
-    RowSum row;
-    row.top = fmaxf(tops[0], tops[1]);
-    row.factor[0] = exp2_approx(tops[0] - row.top), row.factor[1] = exp2_approx(tops[1] - row.top);
-    row.total = row.factor[0] * ((first.x + first.y) + (first.z + first.w)) +
-                row.factor[1] * ((second.x + second.y) + (second.z + second.w));
+template <int WARPGROUPS>
+__device__ inline RowSum<WARPGROUPS> sum_of_row(const Shared& shared, int n) {
+    RowSum<WARPGROUPS> row;
+    row.top = shared.tops()[n];
+#pragma unroll
+    for (int i = 1; i < WARPGROUPS; ++i) row.top = fmaxf(row.top, shared.tops()[i * N + n]);
+    row.total = 0.f;
+#pragma unroll
+    for (int i = 0; i < WARPGROUPS; ++i) {
+        const float4 four = *reinterpret_cast<const float4*>(shared.sums() + n * Layout::kWarps + 4 * i);
+        row.factor[i] = exp2_approx(shared.tops()[i * N + n] - row.top);
+        row.total += row.factor[i] * ((four.x + four.y) + (four.z + four.w));
+    }
     return row;
 }
 
-__device__ inline float norm_of(const RowSum& row) { return row.total > 0.f ? __fdividef(1.f, row.total) : 0.f; }
-__device__ inline float log_sum_of(const RowSum& row) {
+template <int WARPGROUPS>
+__device__ inline float norm_of(const RowSum<WARPGROUPS>& row) {
+    return row.total > 0.f ? __fdividef(1.f, row.total) : 0.f;
+}
+template <int WARPGROUPS>
+__device__ inline float log_sum_of(const RowSum<WARPGROUPS>& row) {
     return row.total > 0.f ? row.top + log2_approx(row.total) : -INFINITY;
 }
 

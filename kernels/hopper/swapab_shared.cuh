@@ -13,7 +13,10 @@ template <>
 constexpr bool is_fp16<fp16> = true;
 constexpr bool kElementIsFp16 = is_fp16<Element>;
 constexpr int kColumns = N / 4;  // query rows that a lane holds scores of
-constexpr int kAllConsumers = 1, kFirstWarpgroup = 2, kReady = 4, kSummed = 5, kWeighed = 6;  // named barriers
+constexpr int kConsumers = Layout::kConsumers, kThreads = Layout::kThreads;
+constexpr int kTwo = 2 * kWarpgroup;  // threads of the first two warpgroups
+// Named barriers, the last for each warpgroup one.
+constexpr int kAllConsumers = 1, kFirstTwo = 2, kReady = 3, kSummed = 4, kWeighed = 5, kFirstWarpgroup = 6;
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
@@ -27,7 +30,7 @@ struct SharedOperands {  // names for the places of Layout; holds nothing
     }
     __device__ float* exchange() const { return reinterpret_cast<float*>(base + Layout::kExchange); }
     __device__ float* row_scale() const { return reinterpret_cast<float*>(base + Layout::kRowScale); }
-    __device__ float* sums() const { return exchange() + 8 * N; }
+    __device__ float* sums() const { return exchange() + Layout::kWarps * N; }
     __device__ float* tops() const { return row_scale() + N; }
     __device__ float* scratch() const { return reinterpret_cast<float*>(base + Layout::kQuery); }
     __device__ float4* parcels() const { return reinterpret_cast<float4*>(scratch()); }

@@ -31,11 +31,12 @@ using Place = int;  // of a tile: its stage
 using TileRing = Ring<Layout::kStages>;
 
 __device__ inline Place place_of(const TileRing& ring) { return ring.stage(); }
-// A barrier tells no more than the parity of its phase. The tile that was in the stage before may be the other warpgroup's
-// and still be on its way while this one is two tiles further: it has to be released first, or its phase would be taken
-// for that of the tile before it, which is this one's, too.
+// A barrier tells no more than the parity of its phase. The tile that was in the stage before may be another warpgroup's
+// and still be on its way while this one is further: it has to be released first, or its phase would be taken for that of
+// the tile before it, which is this one's, too.
 __device__ inline void wait_for_tile(const Shared& shared, const TileRing& ring) {
-    if constexpr (Layout::kStages % 2 != 0) mbarrier_wait(shared.empty(ring.stage()), ring.phase() ^ 1);
+    if constexpr (Layout::kStages % Layout::kWarpgroups != 0)
+        mbarrier_wait(shared.empty(ring.stage()), ring.phase() ^ 1);
     mbarrier_wait(shared.full(ring.stage()), ring.phase());
 }
 __device__ inline void release_tile(const Shared& shared, const TileRing& ring) {
@@ -80,9 +81,9 @@ __device__ inline void mask_tile(const Params& p, const Shared&, int, int tile, 
 }
 
 // The four scales of a token of an fp8_ds_mla tile.
-__device__ inline float4 scales_of(const Shared& shared, int stage, int token) {
+__device__ inline const float* scales_at(const Shared& shared, int stage, int token) {
     const uint8_t* all = shared.base + stage * Layout::kStageBytes + Layout::kScalesOffset;
-    return *reinterpret_cast<const float4*>(all + token * 16);
+    return reinterpret_cast<const float*>(all + token * 16);
 }
 
 // Adds those of the rope part of an fp8 tile.
@@ -93,12 +94,13 @@ __device__ inline void scores_rope_8bit(float (&s)[N / 2], uint32_t tile, uint32
 // Scores of the rope part of an fp8_ds_mla tile, bfloat16, both operands from shared memory.
 template <bool>
 __device__ inline void scores_rope(float (&s)[N / 2], uint32_t tile, uint32_t query) {
-    const uint64_t k = descriptor_128b(tile + Layout::kRopeOffset), q = descriptor_128b(query + 8 * N * 128);
+    const uint32_t k = in_uniform_register(units_of(tile + Layout::kRopeOffset));
+    const uint32_t q = in_uniform_register(units_of(query + 8 * N * 128));
     keep_in_order(s);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step)
-        Wgmma<bf16, N>::template shared<false>(s, k + step * 2, q + step * 2, step > 0);
+        Wgmma<bf16, N>::template shared<false>(s, descriptor<1024>(k + step * 2), descriptor<1024>(q + step * 2), step > 0);
     wgmma_commit();
     wgmma_wait<0>();
     keep_in_order(s);

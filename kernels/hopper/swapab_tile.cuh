@@ -7,22 +7,23 @@
 #pragma once
 
 #include "swapab_plan.cuh"
-#include "wgmma.cuh"
+#include "twowg_wgmma.cuh"
 #include "widen.cuh"
 
 // ---- 16-bit caches: both operands straight from shared memory ----
 
 template <typename T, int N>
 __device__ inline void scores_16bit(float (&s)[N / 2], uint32_t tile, uint32_t query) {
+    constexpr int kGroupBytes = 9 * kBlock;
+    const uint32_t k = in_uniform_register(units_of(tile)), q = in_uniform_register(units_of(query));
     keep_in_order(s);
     wgmma_fence();
-    constexpr int kGroupBytes = 9 * kBlock;
-    uint64_t k = descriptor_128b(tile, kGroupBytes), q = descriptor_128b(query);
 #pragma unroll
-    for (int block = 0; block < 9; ++block, k += kBlock / 16, q += N * 128 / 16) {
+    for (int block = 0; block < 9; ++block) {
 #pragma unroll
         for (int step = 0; step < 4; ++step)  // 16 elements are 32 bytes, 2 units of a descriptor's address
-            Wgmma<T, N>::template shared<false>(s, k + step * 2, q + step * 2, block + step > 0);
+            Wgmma<T, N>::template shared<false>(s, descriptor<kGroupBytes>(k + block * (kBlock / 16) + step * 2),
+                                                descriptor<1024>(q + block * N * 8 + step * 2), block + step > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -32,17 +33,18 @@ __device__ inline void scores_16bit(float (&s)[N / 2], uint32_t tile, uint32_t q
 // Results of BLOCKS blocks of 64 columns, from `first` on.
 template <typename T, int N, int BLOCKS>
 __device__ inline void accumulate_16bit(float (&o)[BLOCKS][N / 2], uint32_t tile, uint32_t weights, int first = 0) {
-    uint64_t p = descriptor_128b(weights);
+    constexpr int kGroupBytes = 9 * kBlock;
+    const uint32_t v = in_uniform_register(units_of(tile + first * kBlock)), p = in_uniform_register(units_of(weights));
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) keep_in_order(o[block]);
     wgmma_fence();
-    constexpr int kGroupBytes = 9 * kBlock;
-    uint64_t v = descriptor_128b(tile + first * kBlock, kGroupBytes);
 #pragma unroll
-    for (int step = 0; step < 4; ++step, v += 2 * kGroupBytes / 16, p += 2) {
+    for (int step = 0; step < 4; ++step) {
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block)
-            Wgmma<T, N>::template shared<true>(o[block], v + block * (kBlock / 16), p, true);
+            Wgmma<T, N>::template shared<true>(
+                o[block], descriptor<kGroupBytes>(v + step * (2 * kGroupBytes / 16) + block * (kBlock / 16)),
+                descriptor<1024>(p + step * 2), true);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -64,10 +66,10 @@ constexpr int kFragmentBatch = N < 32 ? 2 : 1;  // 32 rows leave fewer registers
 
 // Scores over PAIRS x 32 elements from byte FIRST of the latent part on, or over the 64-byte rope part
 // from its 16-byte unit `first_unit` on.
-template <int N, int FIRST, int PAIRS, bool ROPE, typename Tile>
+template <int N, int FIRST, int PAIRS, bool ROPE, int BATCH = kFragmentBatch<N>, typename Tile>
 __device__ inline void scores_8bit(float (&s)[N / 2], const Tile& tile, uint32_t query, bool accumulate,
                                    int first_unit = 0) {
-    constexpr int kBatch = kFragmentBatch<N>;
+    constexpr int kBatch = BATCH;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
     const int token = warp * 16 + lane % 16, half = lane / 16;
     const auto load = [&](uint32_t (&raw)[kBatch][4], int batch) {
@@ -81,6 +83,7 @@ __device__ inline void scores_8bit(float (&s)[N / 2], const Tile& tile, uint32_t
         }
     };
     constexpr int kQueryFirst = ROPE ? 512 : FIRST;
+    const uint32_t units = in_uniform_register(units_of(query));
     uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
     load(raw[0], 0);
     keep_in_order(s);
@@ -93,7 +96,7 @@ __device__ inline void scores_8bit(float (&s)[N / 2], const Tile& tile, uint32_t
 #pragma unroll
         for (int step = 0; step < 2 * kBatch; ++step) {
             const int k = kQueryFirst + batch * 32 * kBatch + step * 16;
-            const uint64_t q = descriptor_128b(query + k / 64 * N * 128) + k % 64 / 8;
+            const uint64_t q = descriptor<1024>(units + k / 64 * N * 8 + k % 64 / 8);
             Wgmma<fp16, N>::registers(s, wide[batch % 2][step / 2][step % 2], q, accumulate || batch + step > 0);
         }
         wgmma_commit();
@@ -105,14 +108,15 @@ __device__ inline void scores_8bit(float (&s)[N / 2], const Tile& tile, uint32_t
 
 // Scores over the four groups of 128 elements that have scales of their own, add(group, scores) for each: one's are
 // added while the next one's are made.
-template <int N, typename Tile, typename Add>
+template <int N, int BATCH, typename Tile, typename Add>
 __device__ inline void scores_in_groups(const Tile& tile, uint32_t query, const Add& add) {
-    constexpr int kBatch = kFragmentBatch<N>, kBatches = 16 / kBatch, kOfGroup = 4 / kBatch;
+    constexpr int kBatch = BATCH, kBatches = 16 / kBatch, kOfGroup = 4 / kBatch;
     const int lane = threadIdx.x % kWarp, token = threadIdx.x / kWarp % 4 * 16 + lane % 16, half = lane / 16;
     const auto load = [&](uint32_t (&raw)[kBatch][4], int batch) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) ldmatrix_x4(raw[i], latent_unit(tile, token, (batch * kBatch + i) * 2 + half));
     };
+    const uint32_t units = in_uniform_register(units_of(query));
     uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
     float s[2][N / 2];
     load(raw[0], 0);
@@ -126,7 +130,7 @@ __device__ inline void scores_in_groups(const Tile& tile, uint32_t query, const 
 #pragma unroll
         for (int step = 0; step < 2 * kBatch; ++step) {
             const int k = batch * 32 * kBatch + step * 16;
-            const uint64_t q = descriptor_128b(query + k / 64 * N * 128) + k % 64 / 8;
+            const uint64_t q = descriptor<1024>(units + k / 64 * N * 8 + k % 64 / 8);
             Wgmma<fp16, N>::registers(s[group % 2], wide[batch % 2][step / 2][step % 2], q, k % 128 > 0);
         }
         wgmma_commit();
@@ -155,6 +159,7 @@ __device__ inline void accumulate_8bit(float (&o)[BLOCKS][N / 2], const Tile& ti
             ldmatrix_x4_trans(raw[i], latent_unit(tile, at / BLOCKS * 32 + lane, first * 4 + at % BLOCKS * 4 + warp));
         }
     };
+    const uint32_t units = in_uniform_register(units_of(weights));
     uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
     load(raw[0], 0);
 #pragma unroll
@@ -177,7 +182,7 @@ __device__ inline void accumulate_8bit(float (&o)[BLOCKS][N / 2], const Tile& ti
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 const int at = batch * kBatch + i, block = at % BLOCKS;
-                const uint64_t p = descriptor_128b(weights + block / 2 * VERSION_BYTES) + (at / BLOCKS * 2 + step) * 2;
+                const uint64_t p = descriptor<1024>(units + block / 2 * (VERSION_BYTES / 16) + (at / BLOCKS * 2 + step) * 2);
                 Wgmma<fp16, N>::registers(o[block], wide[batch % 2][i][step], p, true);
             }
         }

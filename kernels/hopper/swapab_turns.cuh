@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// An item of many tiles: the two warpgroups take turns at them, each with its own maximum, sum and accumulators, so
-// that one computes scores while the other multiplies by V. swapab_join.cuh joins their results at the end.
+// An item of many tiles: warpgroups take turns at them, each with its own maximum, sum and accumulators, so
+// that one computes scores while another multiplies by V. swapab_join.cuh joins their results at the end.
 // Included by a kernel after it has defined FORMAT, Element, N and Layout.
 #pragma once
 
@@ -22,15 +22,15 @@ __device__ inline bool weigh_tile(const Params& p, const Shared& shared, Place p
     if (!prepare_tile(shared, place, tile, item)) return false;
 
     float s[N / 2];
-    Scales scales;
-    score_tile(p, shared, place, scales, s);
+    LargestScales largest;
+    score_tile(p, shared, place, largest, s);
     mask_tile(p, shared, place, tile, item, s);
 
     float* exchange = shared.exchange() + warpgroup * 4 * N;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
         float low = s[c / 2 * 4 + c % 2], high = s[c / 2 * 4 + 2 + c % 2];
-        if constexpr (FORMAT == Format::kFp8DsMla) low += scales.log2_most[0], high += scales.log2_most[1];
+        if constexpr (FORMAT == Format::kFp8DsMla) low += largest.log2[0], high += largest.log2[1];
         const float most = max_over_tokens(fmaxf(low, high));
         if (thread % kWarp < 4) exchange[warp * N + column_of(c)] = most;
     }
@@ -52,7 +52,7 @@ __device__ inline bool weigh_tile(const Params& p, const Shared& shared, Place p
         s[i] = exp2_approx(s[i] - state.top[i / 4 * 2 + i % 2]);
         state.total[i / 4 * 2 + i % 2] += s[i];
     }
-    put_all_weights(own_weights(shared), s, scales);
+    put_all_weights(shared, place, own_weights(shared), s);
     fence_proxy_async();
     if (__any_sync(~0u, changed)) {
 #pragma unroll
@@ -86,8 +86,8 @@ __device__ inline void attend_in_turns(const Params& p, const Shared& shared, Ti
         for (int i = 0; i < N / 2; ++i) state.o[block][i] = 0.f;
 #pragma unroll 1
     for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
-        if ((tile - item.tile_begin) % 2 == int(threadIdx.x / kWarpgroup)) {
-            const bool ends = KEEPS_LAST && tile + 2 >= item.tile_end;
+        if ((tile - item.tile_begin) % Layout::kWarpgroups == int(threadIdx.x / kWarpgroup)) {
+            const bool ends = KEEPS_LAST && tile + Layout::kWarpgroups >= item.tile_end;
             if (ends) last();
             wait_for_tile(shared, ring);
             const bool any = weigh_tile(p, shared, place_of(ring), tile, item, state);
@@ -102,12 +102,9 @@ __device__ inline void attend_in_turns(const Params& p, const Shared& shared, Ti
     }
 }
 
-// What a warpgroup keeps and what it gives of two blocks, `block` and the fourth after it.
-__device__ inline float kept_of(const State& state, int block, int i) {
-    return threadIdx.x >= kWarpgroup ? state.o[4 + block][i] : state.o[block][i];
-}
-__device__ inline float given_of(const State& state, int block, int i) {
-    return threadIdx.x >= kWarpgroup ? state.o[block][i] : state.o[4 + block][i];
+// What belongs to a half of the columns, of two blocks: `block` and the fourth after it.
+__device__ inline float of_half(const State& state, bool second, int block, int i) {
+    return second ? state.o[4 + block][i] : state.o[block][i];
 }
 
 }  // namespace

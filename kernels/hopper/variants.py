@@ -46,6 +46,7 @@ def swapab_name(cache_format: str, rows: int) -> str:
 def _swapab(cache_format: str, rows: int) -> Variant:
     name = swapab_name(cache_format, rows)
     form, element = _FORMATS[cache_format]
+    three = form != "kSixteenBit" and rows <= 16  # computing warpgroups instead of two: swapab_plan.cuh
     return Variant(
         name,
         "swapab.cu",
@@ -55,6 +56,8 @@ def _swapab(cache_format: str, rows: int) -> Variant:
             "FUSEDMLA_ROWS": str(rows),
             "FUSEDMLA_ENTRY": name,
         },
+        max_registers=128 if three else 168,
+        threads=512 if three else 384,
     )
 
 
@@ -86,7 +89,8 @@ def listed_name(cache_format: str, heads: int) -> str:
 
 def _listed(cache_format: str, heads: int) -> Variant:
     variant, name = _swapab(cache_format, heads), listed_name(cache_format, heads)
-    return replace(variant, name=name, defines={**variant.defines, "FUSEDMLA_ENTRY": name, "FUSEDMLA_GATHER": "1"})
+    defines = {**variant.defines, "FUSEDMLA_ENTRY": name, "FUSEDMLA_GATHER": "1"}
+    return replace(variant, name=name, defines=defines, max_registers=168, threads=384)
 
 
 def _twowg(name: str, operands: str, cluster: int = 1, gather: bool = False) -> Variant:
