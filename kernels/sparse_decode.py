@@ -91,8 +91,8 @@ def mla_sparse_prefill(
         indices: ``[s, topk]`` int32, rows of `kv`.
         topk_length: ``[s]`` int32 or None.
         out: ``[s, h_q, 512]`` in q's dtype; max_logits, lse: ``[s, h_q]`` float32; all contiguous.
-        with_max_logits: whether max_logits is wanted; only the portable kernel knows it, so without it the Hopper ones
-            can serve.
+        with_max_logits: whether max_logits is wanted; the portable kernel and one for 16-bit caches and many heads know
+            it, so without it the others can serve.
 
     Returns:
         out, max_logits and lse: max_logits is the largest score times `sm_scale`, -inf for a token without keys; None
@@ -144,12 +144,14 @@ def _attend(
         return
     sm_scale = layout.D_QK**-0.5 if sm_scale is None else sm_scale
     name = layout.cache_format(cache)
-    if plan.on_hopper and (max_logits is not None or not hopper_takes(q_nope, q_rope, cache, sm_scale)):
+    wanting = max_logits is not None and not plan.gives_max_logits(name)
+    if plan.on_hopper and (wanting or not hopper_takes(q_nope, q_rope, cache, sm_scale)):
         plan, workspace = portable_plan(plan, h_q, name, q_nope.device), None
     if plan.on_hopper:
         _attend_on_hopper(
-            q_nope, q_rope, cache, indices, topk_length, block_table, sm_scale, attn_sink, plan, workspace, out, lse
-        )
+            q_nope, q_rope, cache, indices, topk_length, block_table, sm_scale, attn_sink, plan, workspace, out, lse,
+            max_logits,
+        )  # fmt: skip
         return
     config, params = plan.config, plan.params
     pieces, piece_tiles = plan.pieces(tokens, topk)
@@ -259,6 +261,7 @@ def _attend_on_hopper(
     workspace: tuple[torch.Tensor, ...] | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    max_logits: torch.Tensor | None,
 ) -> None:
     from .hopper.sparse import list_lengths, sparse_decode  # here, for they need the driver's interface
 
@@ -269,7 +272,8 @@ def _attend_on_hopper(
         workspace = tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
     lengths = list_lengths(topk_length, b, s_q, indices.shape[2])
     sparse_decode(
-        q_nope, q_rope, cache, indices, lengths, block_table, out, lse, workspace, plan=plan, sm_scale=sm_scale
-    )
+        q_nope, q_rope, cache, indices, lengths, block_table, out, lse, workspace, plan=plan, sm_scale=sm_scale,
+        max_logits=max_logits,
+    )  # fmt: skip
     if attn_sink is not None:
         apply_sink(out, lse, attn_sink)

@@ -75,6 +75,10 @@ class SparsePlan:
         enough = tokens >= _CONVERTING_TOKENS and rows <= CONVERTED_ROWS_OF_TOKEN * tokens
         return many_heads and not self.params.batch_invariant and enough
 
+    def gives_max_logits(self, cache_format: str) -> bool:
+        """Whether the kernel returns the largest score of each row, too."""
+        return not self.on_hopper or self.config.kernel == "twowg_gather" and cache_format != "fp8_ds_mla"
+
     def pieces(self, tokens: int, topk: int) -> tuple[int, int]:
         """How many pieces a list of `topk` entries is cut into when there are `tokens` lists, and tiles of a piece."""
         return _pieces(self.params, tokens, topk)

@@ -13,7 +13,7 @@ import forced  # noqa: E402
 from problems import assert_matches, make_problem, random_lengths  # noqa: E402
 from sparse_problems import make_sparse_problem  # noqa: E402
 
-from vllm_fusedmla.kernels import dense_decode, hopper, sparse_decode  # noqa: E402
+from vllm_fusedmla.kernels import dense_decode, hopper, sparse_decode, sparse_reference  # noqa: E402
 from vllm_fusedmla.kernels.plan import make_plan  # noqa: E402
 from vllm_fusedmla.kernels.select import DecodeConfig  # noqa: E402
 from vllm_fusedmla.kernels.sparse_plan import make_sparse_plan  # noqa: E402
@@ -141,6 +141,22 @@ def test_sparse_twice(name, emulator):
     second = attend_to_lists(emulator, name, problem, programs)
     assert_matches(problem, *first)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_largest_scores(emulator):
+    """Of prefill; some of the lists are split, so that their pieces' largest scores have to be joined."""
+    problem = make_sparse_problem(
+        random_lengths(5, 500), h_q=random.randint(1, 64), topk=448, slots=True, lengths=True, holes=0.3
+    )
+    q, kv, indices = problem.q[:, 0], problem.cache.flatten(0, 1), problem.indices[:, 0]
+    config = DecodeConfig("twowg_gather", 64, 64, 12, 0, 1, 1, 1, "forced")
+    plan = make_sparse_plan(config, q.shape[1], random.choice([3, 8]), batch_invariant=random.random() < 0.3)
+    out, max_logits, lse = sparse_decode.mla_sparse_prefill(q, kv, indices, plan=plan, **problem.options)
+    assert emulator.launched[-1] == "twowg_gather_bf16"
+    assert_matches(problem, out.unsqueeze(1), lse.unsqueeze(1))
+    want = sparse_reference.mla_sparse_prefill(q.double(), kv, indices, compute_dtype=torch.float64, **problem.options)
+    assert max_logits is not None
+    torch.testing.assert_close(max_logits.double(), want[1], rtol=8.01 / 65536, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["swapab_gather_bf16_n8", "swapab_gather_fp8_ds_mla_n16"])

@@ -53,4 +53,5 @@ struct Params {
     // Where keys are listed: bounds of pages and of entries of a request's table (0: slots are listed, not positions), and
     // how many requests share a table. page_size 0: a page is a row, and follows the one before.
     int num_pages, max_pages, sharers;
+    float* max_logits;  // [b, h_q], 16-bit rows of listed keys: the largest scores come on top of what is there; or null
 };

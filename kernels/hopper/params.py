@@ -55,5 +55,6 @@ class Params(ctypes.Structure):
             (name, ctypes.c_int)
             for name in ("s_q", "h_q", "causal", "page_size", "q_is_fp16", "num_pages", "max_pages", "sharers")
         ),
+        ("max_logits", ctypes.c_void_p),
         ("padding", ctypes.c_uint8 * 64),
     ]  # fmt: skip

@@ -35,8 +35,12 @@ def sparse_decode(
     *,
     plan: SparsePlan,
     sm_scale: float,
+    max_logits: torch.Tensor | None = None,
 ) -> None:
-    """Launch on the current device and stream; arguments as in `sparse_decode.mla_sparse_decode`, lengths as above."""
+    """Launch on the current device and stream; arguments as in `sparse_decode.mla_sparse_decode`, lengths as above.
+
+    max_logits, for plans that give it: ``[b, s_q, h_q]`` float32, contiguous, as in `sparse_decode.mla_sparse_prefill`.
+    """
     b, s_q, h_q, _ = q_nope.shape
     tokens = b * s_q
     # Each query token is a request of its own.
@@ -52,6 +56,8 @@ def sparse_decode(
     elif p.page_stride == page_size * layout.row_bytes(layout.cache_format(cache)):
         p.num_pages, p.page_size = pages * page_size, 0  # slots are rows
     p.k_scale_value = 1.0
+    if max_logits is not None:
+        p.max_logits = max_logits.fill_(-torch.inf).data_ptr()
     name = variant_of(plan.config, layout.cache_format(cache), h_q)
     grid, cluster = (row_blocks(plan.config, h_q), plan.params.num_programs), 1
     if plan.config.kernel == "swapab_gather":

@@ -19,10 +19,10 @@ __device__ inline int token_of_lane() {
 struct LargestScales {
     float log2[2] = {0.f, 0.f};
 
-    __device__ void load(const Shared& shared, const Place& place) {
+    __device__ void load(const Shared& shared, const Place& place, int token) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float4 four = *reinterpret_cast<const float4*>(scales_at(shared, place, token_of_lane() + 8 * half));
+            const float4 four = *reinterpret_cast<const float4*>(scales_at(shared, place, token + 8 * half));
             const float most = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
             log2[half] = fmaxf(log2_approx(most), -60.f);  // finite even if all scales are 0
         }
@@ -47,11 +47,12 @@ __device__ inline void score_tile(const Params& p, const Shared& shared, const P
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) s[i] *= shared.row_scale()[column_of(i / 4 * 2 + i % 2)];
     } else {
-        largest.load(shared, place);
+        const int token = token_of_lane();
+        largest.load(shared, place, token);
+        const float* from[2] = {scales_at(shared, place, token), scales_at(shared, place, token + 8)};
         float sum[N / 2] = {};
         const auto add_part = [&](int group, const float (&part)[N / 2]) {
-            const float scale[2] = {scales_at(shared, place, token_of_lane())[group],
-                                    scales_at(shared, place, token_of_lane() + 8)[group]};
+            const float scale[2] = {from[0][group], from[1][group]};
 #pragma unroll
             for (int i = 0; i < N / 2; ++i) sum[i] += part[i] * scale[i / 2 % 2];
         };
@@ -97,6 +98,8 @@ __device__ inline uint32_t own_weights(const Shared& shared) {
 __device__ inline void put_all_weights(const Shared& shared, const Place& place, uint32_t to,
                                        const float (&s)[N / 2]) {
     if constexpr (FORMAT == Format::kFp8DsMla) {
+        const int token = token_of_lane();
+        const float* from[2] = {scales_at(shared, place, token), scales_at(shared, place, token + 8)};
         float all[2] = {0.f, 0.f}, w[N / 2];  // of a token; one that has none may not be there, its scales anything
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) all[i / 2 % 2] += s[i];
@@ -105,7 +108,7 @@ __device__ inline void put_all_weights(const Shared& shared, const Place& place,
             float scale[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                scale[half] = all[half] > 0.f ? scales_at(shared, place, token_of_lane() + 8 * half)[group] : 0.f;
+                scale[half] = all[half] > 0.f ? from[half][group] : 0.f;
 #pragma unroll
             for (int i = 0; i < N / 2; ++i) w[i] = s[i] * scale[i / 2 % 2];
             put_weights(to + group * Layout::kWeightBytes, w);

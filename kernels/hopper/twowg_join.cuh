@@ -41,3 +41,15 @@ __device__ inline void store_log_sum(const Params& p, const Item& item, int row,
     else
         __stcg(p.partial_lse + first_partial_row(p, item, item.piece) + row, log_sum);
 }
+
+// The largest score of a row among an item's keys. Floats of one sign order as integers do, those below 0 backwards.
+__device__ inline void store_largest(const Params& p, const Item& item, int row, float largest) {
+    const int rows = p.s_q * p.h_q;
+    if (row >= rows) return;
+    float* to = p.max_logits + int64_t(item.request) * rows + row;
+    const float natural = fmaf(largest, 0.6931471805599453f, 0.f);  // not -0
+    if (natural >= 0.f)
+        atomicMax(reinterpret_cast<int*>(to), __float_as_int(natural));
+    else
+        atomicMin(reinterpret_cast<unsigned*>(to), __float_as_uint(natural));
+}

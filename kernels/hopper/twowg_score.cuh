@@ -22,6 +22,7 @@ class Scorer {
         product_.load_query(Tasks::item().request, quarters_, rope_);
         top_[0] = top_[1] = -1e30f;  // finite, so that a row without keys makes no NaN
         total_[0] = total_[1] = 0.f;
+        if (kGather) largest_[0] = largest_[1] = -INFINITY;
         int left = Tasks::item().seq_len - Tasks::item().tile_begin * kTile;  // tokens of the request
         const int after = max(Tasks::item().seq_len - Tasks::item().tile_end * kTile, 0);  // that are not of the item
         const bool any = left > after;
@@ -60,6 +61,7 @@ class Scorer {
                 }
             most[half] = fmaxf(fmaxf(chains[0], chains[1]), fmaxf(chains[2], chains[3])) * product_.scale(half);
             exceeds |= most[half] > top_[half] + FUSEDMLA_LAZY;
+            if (kGather) largest_[half] = fmaxf(largest_[half], most[half]);
         }
         if (__any_sync(~0u, exceeds)) {  // seldom, past an item's first tile
 #pragma unroll
@@ -174,6 +176,12 @@ class Scorer {
                 for (int piece = 1; piece < kMostJoined; ++piece) others[half][piece] = row.weight[piece];
             }
             if (threadIdx.x % 4 == 0) store_log_sum(p_, item, first_row() + 8 * half, log_sum);
+            if (kGather && p_.max_logits != nullptr) {
+                float largest = largest_[half];
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+                if (threadIdx.x % 4 == 0) store_largest(p_, item, first_row() + 8 * half, largest);
+            }
         }
         send_factors(norm);
         if constexpr (kMostJoined > 1)
@@ -203,6 +211,7 @@ class Scorer {
     const Params& p_;
     Product<T> product_;
     float top_[2], total_[2];  // running maximum, base 2; this lane's share of the sum of weights
+    float largest_[2];         // of this lane's share, exactly
     Ring<kQuarterSlots> quarters_;
     Ring<kRopeSlots> rope_;
     Ring<kMessageSlots> message_;

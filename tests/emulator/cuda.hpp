@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "machine.hpp"
 
@@ -71,6 +72,11 @@ inline Two __hmul2(Two a, Two b) { return each_of_two(a, b, [](float x, float y)
 inline float __uint_as_float(uint32_t bits) { return bits_as<float>(bits); }
 inline float __int_as_float(int bits) { return bits_as<float>(bits); }
 inline int __float_as_int(float x) { return bits_as<int>(x); }
+inline unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
+template <typename T>
+inline T atomicMax(T* to, T value) { return std::exchange(*to, std::max(*to, value)); }
+template <typename T>
+inline T atomicMin(T* to, T value) { return std::exchange(*to, std::min(*to, value)); }
 inline float __fdividef(float a, float b) { return a / b; }
 
 template <typename A, typename B>

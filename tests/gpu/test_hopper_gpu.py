@@ -76,6 +76,17 @@ def test_page_sizes(name, page_size):
     forced.assert_right(name, problem, *run(name, problem))
 
 
+@pytest.mark.parametrize("name", [name for name in ON_HOPPER if name.startswith("swapab") or name in ONE_OF_EACH])
+def test_many_times_while_l2_is_written_back(name):
+    """Copies come late and out of order then. Equal bits, and no barrier that takes one tile for another."""
+    problem = forced.random_problem(name, lengths=[4096] * 64)
+    flushed = torch.empty(160 << 20, dtype=torch.uint8, device="cuda")
+    first = run(name, problem)
+    for _ in range(150):
+        flushed.zero_()
+        assert same(first, run(name, problem))
+
+
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_one_long_request_and_many_empty_ones(name):
     """The most pieces that a request can have."""
