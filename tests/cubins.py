@@ -87,3 +87,13 @@ def resources(name: str) -> dict[str, dict[str, int]]:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels = re.findall(r"Function (\S+):\s*\n(.*)", text)
     return {kernel: {key: int(n) for key, n in re.findall(r"(\w+):(\d+)", line)} for kernel, line in kernels}
+
+
+def threads(name: str) -> int:
+    """Most threads of a CTA, read from the binary."""
+    report(name)
+    command: list[str | Path] = [_tool("cuobjdump"), "-elf", build.cubin_path(name)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"EIATTR_MAX_THREADS\s+Format:\s+EIFMT_SVAL\s+Value:\s+(0x[0-9a-f]+)", text)
+    assert len(found) == 1, found
+    return int(found[0], 16)

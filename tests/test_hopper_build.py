@@ -91,6 +91,7 @@ def test_variant_compiles_without_spills_and_with_the_registers_it_may_use(name:
     assert set(kernels) == {variant.entry}
     assert kernels[variant.entry]["REG"] == report.registers
     assert kernels[variant.entry]["STACK"] == 0
+    assert cubins.threads(name) == variant.threads
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != TOPK_NAME])
