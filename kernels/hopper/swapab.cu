@@ -3,10 +3,10 @@
 //
 // With 16 heads a 64-row matrix instruction is three quarters padding, so the operands are swapped: tokens take the M
 // side of wgmma, query rows (s_q x h_q, padded to a multiple of 8) the N side (ETAP, arXiv 2506.01969, does so on
-// Hopper). A warp copies tiles of 64 tokens with TMA through a ring of stages. Of an item of many tiles two warpgroups
-// take turns at them, each with its own maximum, sum and accumulators, so that one computes scores while the other
-// multiplies by V, and nothing but the ring connects them until its end (swapab_turns.cuh). Where there is but a pair
-// of tiles they work at it together (swapab_pairs.cuh).
+// Hopper). A warp copies tiles of 64 tokens with TMA through a ring of stages. Of an item of many tiles two or three
+// warpgroups take turns at them, each with its own maximum, sum and accumulators, so that one computes scores while
+// another multiplies by V, and nothing but the ring connects them until its end (swapab_turns.cuh). Where there is
+// but a pair of tiles two work at it together (swapab_pairs.cuh).
 //
 // 8-bit tiles stay 8 bits in shared memory. Their fragments are widened to fp16 in registers on the way to wgmma, the
 // transposed ones too, so the tile is neither written a second time nor multiplied by its scale: `k_scale`, or the four

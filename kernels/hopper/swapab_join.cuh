@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of an item at which warpgroups took turns: the first two get all results of half of the columns each. They go where the query was, in two rounds: the room of the last tiles, where they could go
-// at once (swapab_join_listed.cuh), is wanted for the next item's, and where requests differ in length that costs 2 %.
+// The end of an item at which warpgroups took turns: the first two get all results of half of the columns each. They go
+// where the query was, in two rounds: the room of the last tiles, where they could go at once (swapab_join_listed.cuh),
+// is wanted for the next item's, and where requests differ in length that costs 2 %.
 // Included by a kernel after it has defined FORMAT, Element, N and Layout.
 #pragma once
 

@@ -43,7 +43,7 @@ struct TileRing {
 };
 
 __device__ inline Place place_of(const TileRing& ring) { return {ring.slot(0)}; }
-// The rows that were in the slots before are released first, see swapab_staged.cuh; a lane looks at one slot.
+// What was in the slots before has to be released first, as in swapab_staged.cuh; a lane looks at one slot.
 __device__ inline void wait_for_tile(const Shared& shared, const TileRing& ring) {
     const unsigned lane = threadIdx.x % kWarp;
     if (lane < kSlotsOfTile) mbarrier_wait(shared.empty(ring.slot(lane)), ring.phase(lane) ^ 1);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// An item of at most two tiles: each of two warpgroups scores one; then each multiplies the weights of both by its half of V's
-// columns. They share maxima and sums, so nothing has to be joined in the end.
+// An item of at most two tiles: two warpgroups score one each; then each multiplies the weights of both by its half of
+// V's columns. They share maxima and sums, so nothing has to be joined in the end.
 // Included by a kernel after it has defined FORMAT, Element, N and Layout.
 #pragma once
 

@@ -31,9 +31,9 @@ using Place = int;  // of a tile: its stage
 using TileRing = Ring<Layout::kStages>;
 
 __device__ inline Place place_of(const TileRing& ring) { return ring.stage(); }
-// A barrier tells no more than the parity of its phase. The tile that was in the stage before may be another warpgroup's
-// and still be on its way while this one is further: it has to be released first, or its phase would be taken for that of
-// the tile before it, which is this one's, too.
+// A barrier tells no more than the parity of its phase. The tile that was in the stage before may be another
+// warpgroup's and still be on its way while this one is further. So it has to be released first: as long as its phase is
+// not complete, a wait for the next one ends at once, since the one before had the same parity.
 __device__ inline void wait_for_tile(const Shared& shared, const TileRing& ring) {
     if constexpr (Layout::kStages % Layout::kWarpgroups != 0)
         mbarrier_wait(shared.empty(ring.stage()), ring.phase() ^ 1);
