@@ -6,8 +6,9 @@
 // rows 8i + 2j and 8i + 2j + 1.
 #pragma once
 
+#include "descriptor.cuh"
 #include "swapab_plan.cuh"
-#include "twowg_wgmma.cuh"
+#include "wgmma.cuh"
 #include "widen.cuh"
 
 // ---- 16-bit caches: both operands straight from shared memory ----

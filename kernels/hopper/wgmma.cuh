@@ -17,13 +17,6 @@ __device__ inline void keep_in_order(float (&values)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-// Descriptor of a shared-memory operand in the 128-byte swizzle: rows of 128 bytes, every eight of them `stride` bytes
-// further. K-major operands: a row is 64 16-bit elements of k. M- or N-major ones: a row is 64 elements of m or n.
-__device__ inline uint64_t descriptor_128b(uint32_t address, uint32_t stride = 1024) {
-    constexpr uint64_t kSwizzle128 = 1;
-    return (uint64_t{1} << 16) | (uint64_t{stride >> 4} << 32) | (kSwizzle128 << 62) | ((address & 0x3FFFF) >> 4);
-}
-
 template <typename T, int N>
 struct Wgmma;
 

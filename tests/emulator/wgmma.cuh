@@ -26,10 +26,6 @@ inline void wgmma_wait() {
 template <int COUNT>
 inline void keep_in_order(float (&)[COUNT]) {}
 
-inline uint64_t descriptor_128b(uint32_t address, uint32_t stride = 1024) {
-    return (uint64_t{1} << 16) | (uint64_t{stride >> 4} << 32) | (uint64_t{1} << 62) | ((address & 0x3FFFF) >> 4);
-}
-
 // Where elements of a descriptor's operand lie: `row` along m or n, k; of `size` bytes.
 struct Operand {
     const machine::Cta* cta;
