@@ -83,8 +83,7 @@ __device__ inline void named_barrier_arrive(int id, int threads) {
     asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 // Whether a condition holds for any thread of a barrier.
-template <int ID, int THREADS>
-__device__ inline bool named_barrier_any(bool condition) {
+__device__ inline bool named_barrier_any(int id, int threads, bool condition) {
     uint32_t any;
     asm volatile(
         "{\n"
@@ -94,7 +93,7 @@ __device__ inline bool named_barrier_any(bool condition) {
         "selp.u32 %0, 1, 0, out;\n"
         "}\n"
         : "=r"(any)
-        : "r"(uint32_t(condition)), "n"(ID), "n"(THREADS)
+        : "r"(uint32_t(condition)), "r"(id), "r"(threads)
         : "memory");
     return any;
 }

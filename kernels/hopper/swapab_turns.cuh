@@ -10,15 +10,42 @@ namespace {
 
 struct State {
     float o[8][N / 2];
-    float top[kColumns];    // running maximum of a query row's scores, base 2
+    float top[kColumns];    // reference of a query row's weights, base 2
     float total[kColumns];  // this lane's share of the sum of weights
 };
+
+// Weights are related to a row's reference, a maximum of its scores so far. It stays as long as none is more than 2^kSlack
+// times as heavy: what a fp16 weight may be and still be added up.
+constexpr float kSlack = 8.f;
+
+// New references from this lane's maxima, and what is there already related to them.
+__device__ inline void move_references(const Shared& shared, const float (&most)[kColumns], State& state) {
+    const int thread = threadIdx.x % kWarpgroup, warpgroup = threadIdx.x / kWarpgroup;
+    float* exchange = shared.exchange() + warpgroup * 4 * N;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        const float of_warp = max_over_tokens(most[c]);
+        if (thread % kWarp < 4) exchange[thread / kWarp * N + column_of(c)] = of_warp;
+    }
+    named_barrier_sync(kFirstWarpgroup + warpgroup, kWarpgroup);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        const float* column = exchange + column_of(c);
+        const float of_tile = fmaxf(fmaxf(column[0], column[N]), fmaxf(column[2 * N], column[3 * N]));
+        const float top = fmaxf(state.top[c], of_tile), shrink = exp2_approx(state.top[c] - top);
+        state.top[c] = top;
+        state.total[c] *= shrink;
+#pragma unroll
+        for (int block = 0; block < 8; ++block)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) state.o[block][c / 2 * 4 + half * 2 + c % 2] *= shrink;
+    }
+}
 
 // A tile's scores and online softmax; its weights into shared memory. False if it has no keys.
 __device__ inline bool weigh_tile(const Params& p, const Shared& shared, Place place, int tile, const Item& item,
                                   State& state) {
-    const int thread = threadIdx.x % kWarpgroup, warpgroup = threadIdx.x / kWarpgroup, warp = thread / kWarp;
-    const int barrier = kFirstWarpgroup + warpgroup;
+    const int barrier = kFirstWarpgroup + threadIdx.x / kWarpgroup;
     if (!prepare_tile(shared, place, tile, item)) return false;
 
     float s[N / 2];
@@ -26,27 +53,16 @@ __device__ inline bool weigh_tile(const Params& p, const Shared& shared, Place p
     score_tile(p, shared, place, largest, s);
     mask_tile(p, shared, place, tile, item, s);
 
-    float* exchange = shared.exchange() + warpgroup * 4 * N;
+    float most[kColumns];
+    bool exceeds = false;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
         float low = s[c / 2 * 4 + c % 2], high = s[c / 2 * 4 + 2 + c % 2];
         if constexpr (FORMAT == Format::kFp8DsMla) low += largest.log2[0], high += largest.log2[1];
-        const float most = max_over_tokens(fmaxf(low, high));
-        if (thread % kWarp < 4) exchange[warp * N + column_of(c)] = most;
+        most[c] = fmaxf(low, high);
+        exceeds |= most[c] > state.top[c] + kSlack;
     }
-    named_barrier_sync(barrier, kWarpgroup);
-    bool changed = false;
-    float shrink[kColumns];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-        const float* column = exchange + column_of(c);
-        const float most = fmaxf(fmaxf(column[0], column[N]), fmaxf(column[2 * N], column[3 * N]));
-        const float top = fmaxf(state.top[c], most);
-        changed |= top > state.top[c];
-        shrink[c] = exp2_approx(state.top[c] - top);
-        state.top[c] = top;
-        state.total[c] *= shrink[c];
-    }
+    if (named_barrier_any(barrier, kWarpgroup, exceeds)) move_references(shared, most, state);
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
         s[i] = exp2_approx(s[i] - state.top[i / 4 * 2 + i % 2]);
@@ -54,12 +70,6 @@ __device__ inline bool weigh_tile(const Params& p, const Shared& shared, Place p
     }
     put_all_weights(shared, place, own_weights(shared), s);
     fence_proxy_async();
-    if (__any_sync(~0u, changed)) {
-#pragma unroll
-        for (int block = 0; block < 8; ++block)
-#pragma unroll
-            for (int i = 0; i < N / 2; ++i) state.o[block][i] *= shrink[i / 4 * 2 + i % 2];
-    }
     named_barrier_sync(barrier, kWarpgroup);
     return true;
 }

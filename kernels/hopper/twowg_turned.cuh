@@ -56,7 +56,7 @@ class TurnedScorer : TurnedProduct {
         for (int i = 4; i < 32; ++i) mosts[i % 4] = fmaxf(mosts[i % 4], s[i]);
         const float most = fmaxf(fmaxf(mosts[0], mosts[1]), fmaxf(mosts[2], mosts[3]));
         mbarrier_wait(Shared::message_empty(message_.at()), message_.phase() ^ 1);
-        const bool moves = named_barrier_any<kScorerBarrier, kWarpgroup>(most > FUSEDMLA_LAZY || unset_ != 0);
+        const bool moves = named_barrier_any(kScorerBarrier, kWarpgroup, most > FUSEDMLA_LAZY || unset_ != 0);
         if (moves) raise_tops(s);
         if (threadIdx.x % kWarp == 0) Shared::changes(message_.at())[threadIdx.x / kWarp] = moves;
 #pragma unroll

@@ -41,7 +41,7 @@ class Weigher {
                 if (i >= limit) x[i] = scale_ > 0.f ? -INFINITY : INFINITY;
         }
         float sum = put(slot, x, reference_);
-        const bool moves = named_barrier_any<kMultipliersBarrier, kMultipliers>(!(sum <= kMostWeight));
+        const bool moves = named_barrier_any(kMultipliersBarrier, kMultipliers, !(sum <= kMostWeight));
         if (moves) sum = raise(slot, x);
         total_ += sum;
         return moves;

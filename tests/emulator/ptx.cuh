@@ -36,8 +36,9 @@ inline void fence_proxy_async() {}
 inline void fence_proxy_async_global() {}
 inline void named_barrier_sync(int id, int threads) { machine::named_barrier(id, threads, true); }
 inline void named_barrier_arrive(int id, int threads) { machine::named_barrier(id, threads, false); }
-template <int ID, int THREADS>
-inline bool named_barrier_any(bool condition) { return machine::named_barrier(ID, THREADS, true, condition); }
+inline bool named_barrier_any(int id, int threads, bool condition) {
+    return machine::named_barrier(id, threads, true, condition);
+}
 inline uint32_t cluster_cta_rank() { return machine::the().cta->rank; }
 inline int cluster_size() { return int(machine::the().cta->cluster->ctas.size()); }
 inline void cluster_arrive() { machine::cluster_arrive(); }
