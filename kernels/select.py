@@ -76,8 +76,7 @@ _BLOCKS = 8, 16, 24, 32
 """Query rows that a block of the swap-AB kernel may hold."""
 _HOPPER_TABLE = (
     # caches | most rows | kernel, query rows of a block
-    *((_SIXTEEN_BIT + _FP8, rows, ("swapab", rows)) for rows in _BLOCKS),
-    *((_DS_MLA, rows, ("swapab", block)) for rows, block in ((8, 8), (16, 16), (24, 24), (32, 16))),
+    *((_SIXTEEN_BIT + _FP8 + _DS_MLA, rows, ("swapab", rows)) for rows in _BLOCKS),
     (_SIXTEEN_BIT + _FP8, _ANY_ROWS, ("twowg", 64)),
     (_DS_MLA, _ANY_ROWS, ("twowg_rows", 64)),
 )
@@ -86,12 +85,12 @@ _HOPPER_SPARSE_TABLE = (
     (_SIXTEEN_BIT + _DS_MLA, 8, ("swapab_gather", 8), 0),
     (_SIXTEEN_BIT + _DS_MLA, 16, ("swapab_gather", 16), 0),
     (_SIXTEEN_BIT + _DS_MLA, 24, ("swapab_gather", 24), 4),
-    (_SIXTEEN_BIT, 32, ("swapab_gather", 32), 4),
+    (_DS_MLA, 32, ("swapab_gather", 32), 16),
     (_SIXTEEN_BIT, MAX_H_Q, ("twowg_gather", 64), 16),
     (_DS_MLA, MAX_H_Q, ("twowg_gather", 64), 32),
 )
 """The last column: up to so many, the swap-AB kernel with blocks of 16 heads is faster. Each gathers a list again, but
-more of the GPU takes part. Measured with 64 heads and 1 to 8 tokens, with 32 and 128 heads and one token."""
+more of the GPU takes part. Measured with 64 heads and 1 to 8 tokens, 32 heads and 1 and 8, 128 heads and one."""
 _FEW_TILES_TABLE = (
     # caches | query rows of a block | most tiles of all blocks together for each multiprocessor
     (_SIXTEEN_BIT, 16, 5),

@@ -58,12 +58,16 @@ def make_problem(
     device: str = "cpu",
     extra_stride: int = 0,
     spread: float = 2.0,
+    rise: float = 0.0,
+    wide_scales: bool = False,
 ) -> Problem:
     """A problem with shuffled pages. Values have standard deviation 0.1, scores `spread`.
 
+    Scores rise by `rise` besides, from a request's first key to its last.
+
     Everything a kernel must not read is poison: unattended cache rows are NaN, unused block table entries point
     outside the cache, and pages are `extra_stride` elements further apart than they need be, filled with NaN.
-    `fp8_ds_mla` rows get scales that are no powers of two.
+    `fp8_ds_mla` rows get scales that are no powers of two; with `wide_scales` some are far smaller than others, or 0.
     """
     b = len(seq_lens)
     pages = [-(-n // page_size) for n in seq_lens]
@@ -82,14 +86,21 @@ def make_problem(
     k_scale = torch.tensor(random.uniform(0.0005, 0.002), device=device) if cache_format == "fp8" else 1.0
     slot_mapping = torch.cat(slots).to(device)
     values = torch.randn(slot_mapping.numel(), layout.D_QK, device=device) * 0.1
+    if rise:
+        values[:, -1] = torch.cat([torch.linspace(-0.2, 0.2, n, device=device) for n in seq_lens])
     if cache_format == "fp8_ds_mla":
         largest = values[:, : layout.D_V].unflatten(1, (-1, layout.QUANT_GROUP)).abs().amax(-1)
         scales = largest / layout.E4M3_MAX * (1 + 3 * torch.rand_like(largest))
+        if wide_scales:
+            scales *= 2.0 ** torch.randint_like(scales, -120, 60).clamp(max=0)
+            scales[torch.rand_like(scales) < 0.1] = 0
         write_ds_mla_rows(cache, slot_mapping, values, scales)
     else:
         layout.write_cache(values, slot_mapping, cache, k_scale)
     # sm_scale is 576 ** -0.5, so the standard deviation of a score is that of q times that of the keys
     q = (torch.randn(b, s_q, h_q, layout.D_QK, device=device) * spread / 0.1).to(QUERY_DTYPE[cache_format])
+    if rise:
+        q[..., -1] = rise / 0.4 * layout.D_QK**0.5
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
     return Problem(q, cache, table.to(device), lens, k_scale, cache_format, spread * layout.D_QK**0.5)
 

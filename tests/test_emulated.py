@@ -28,7 +28,7 @@ DENSE = [
     "swapab_fp16_n24",
     "swapab_fp8_n16",
     "swapab_fp8_n32",
-    "swapab_fp8_ds_mla_n24",
+    "swapab_fp8_ds_mla_n32",
     "twowg_bf16_c1",
     "twowg_bf16_c2",
     "twowg_fp8_c2",
@@ -65,7 +65,7 @@ def emulator(build_folder, monkeypatch, seed):
     return install(emulated.Emulator(build_folder, seed=seed), monkeypatch)
 
 
-def dense_problem(name, lengths=None):
+def dense_problem(name, lengths=None, **changes):
     """Heads and query tokens that the kernel suits, in one block of rows or two."""
     s_q, block = random.choice([1, 2, 3]), forced.config_of(name).block_h
     least = block + 1 if name.endswith("_c2") else 1
@@ -74,7 +74,7 @@ def dense_problem(name, lengths=None):
     problem = make_problem(
         lengths or random_lengths(random.randint(1, 3), 700), h_q=h_q, s_q=s_q,
         cache_format=forced.format_of(name), spread=forced.spread_of(name), page_size=random.choice([16, 48, 64, 128]),
-        extra_stride=random.choice([0, 64]),
+        extra_stride=random.choice([0, 64]), **changes,
     )  # fmt: skip
     if problem.cache_format == "fp8" and random.random() < 0.3:
         problem.q = problem.q.half()
@@ -108,6 +108,19 @@ def test_many_pieces_of_a_request(name, emulator):
 def test_a_request_longer_than_the_ring(name, emulator):
     """Warpgroups take its tiles in turns; a late one lets another run ahead."""
     problem = dense_problem(name, [random.randint(1000, 1500)])
+    forced.assert_right(name, problem, *attend(emulator, name, problem, programs=1))
+
+
+@pytest.mark.parametrize("name", ["swapab_bf16_n8", "swapab_fp8_n16", "swapab_fp8_ds_mla_n32"])
+def test_scores_that_rise(name, emulator):
+    """By so much that what weights are related to has to move with almost every tile."""
+    problem = dense_problem(name, [random.randint(700, 1000)], rise=100.0)
+    forced.assert_right(name, problem, *attend(emulator, name, problem, programs=random.choice([1, 2])))
+
+
+@pytest.mark.parametrize("name", ["swapab_fp8_ds_mla_n32", "twowg_fp8_ds_mla"])
+def test_scales_far_from_each_other(name, emulator):
+    problem = dense_problem(name, [150, 20], wide_scales=True)
     forced.assert_right(name, problem, *attend(emulator, name, problem, programs=1))
 
 

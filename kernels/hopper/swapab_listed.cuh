@@ -124,9 +124,7 @@ __device__ inline void scores_of_elements(float (&s)[N / 2], const ListedTile& t
     }
 }
 
-__device__ inline void scores_rope_8bit(float (&s)[N / 2], const ListedTile& tile, uint32_t query) {
-    scores_8bit<N, kLatent, 2, false>(s, tile, query, true);
-}
+__device__ inline void load_fp8(uint32_t (&raw)[4], const ListedTile& tile, int pair) { load_latent(raw, tile, pair); }
 
 template <bool WAIT>
 __device__ inline void scores_rope(float (&s)[N / 2], const ListedTile& tile, uint32_t query) {

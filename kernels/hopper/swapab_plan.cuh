@@ -80,6 +80,7 @@ struct ListedPlan : Operands<FORMAT, N, 2> {
     using Base = Operands<FORMAT, N, 2>;
     using Base::kExchangeFloats, Base::kQueryBytes, Base::kRowBytes, Base::kWarpgroups, Base::kWarps;
     using Base::kWeightBytes, Base::kWeightVersions;
+    static constexpr int kConsumerRegisters = N > 24 ? 232 : 224, kProducerRegisters = N > 24 ? 40 : 56;
     static constexpr int kPitch = kRowBytes / 16 % 2 ? kRowBytes : kRowBytes + 16;
     static constexpr int kCopiers = 4;  // warps
     static constexpr int kSlotRows = kTile / kCopiers, kSlotBytes = kSlotRows * kPitch;

@@ -29,7 +29,26 @@ struct LargestScales {
     }
 };
 
-// Of fp8_ds_mla's scores: so many sums leave few registers.
+// The same tokens' scales of groups of 128 elements. None counts as less than 2^-60 of the largest one, so that what is
+// related to one can be related to another.
+class GroupScales {
+  public:
+    __device__ GroupScales(const Shared& shared, const Place& place, const LargestScales& largest)
+        : first_(scales_at(shared, place, token_of_lane())), second_(scales_at(shared, place, token_of_lane() + 8)) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) least_[half] = exp2_approx(largest.log2[half] - 60.f);
+    }
+    __device__ float scale(int group, int half) const { return fmaxf((half ? second_ : first_)[group], least_[half]); }
+    __device__ float ratio(int group, int half) const { return __fdividef(scale(group, half), scale(group + 1, half)); }
+
+  private:
+    const float *first_, *second_;
+    float least_[2];
+};
+
+// Where there are registers, a group's scores are added up while the next one's are made. Elsewhere there is but one set:
+// it is related to a group's scale, then to that of the next one and so on.
+constexpr bool kTwoSets = kGather && N < 24;
 constexpr int kScoreBatch = Layout::kWarpgroups == 3 ? 1 : kFragmentBatch<N>;
 
 // Scores of the lane's two tokens in base 2, from the tile and the query.
@@ -42,37 +61,38 @@ __device__ inline void score_tile(const Params& p, const Shared& shared, const P
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) s[i] *= p.scale_log2;
     } else if constexpr (FORMAT == Format::kFp8) {
-        scores_8bit<N, 0, 16, false>(s, tile, query, false);
-        scores_rope_8bit(s, tile, query);
+        const auto load = [&](uint32_t(&raw)[4], int pair) { load_fp8(raw, tile, pair); };
+        scores_8bit<N, 18, 18, kFragmentBatch<N>>(s, query, load, [](int) {});
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) s[i] *= shared.row_scale()[column_of(i / 4 * 2 + i % 2)];
     } else {
-        const int token = token_of_lane();
-        largest.load(shared, place, token);
-        const float* from[2] = {scales_at(shared, place, token), scales_at(shared, place, token + 8)};
-        float sum[N / 2] = {};
-        const auto add_part = [&](int group, const float (&part)[N / 2]) {
-            const float scale[2] = {from[0][group], from[1][group]};
+        largest.load(shared, place, token_of_lane());
+        const GroupScales scales(shared, place, largest);
+        const auto load = [&](uint32_t(&raw)[4], int pair) { load_latent(raw, tile, pair); };
+        float rope[N / 2];
+        if constexpr (kTwoSets) {
+            scores_rope<false>(rope, tile, query);
 #pragma unroll
-            for (int i = 0; i < N / 2; ++i) sum[i] += part[i] * scale[i / 2 % 2];
-        };
-        const auto add = [&](int group) { add_part(group, s); };
-        if constexpr (kGather && N < 24) {  // more would not fit the registers
-            scores_rope<false>(s, tile, query);
-            scores_in_groups<N, kScoreBatch>(tile, query, add_part);
-            keep_in_order(s);
+            for (int i = 0; i < N / 2; ++i) s[i] = 0.f;
+            scores_in_groups<N, kScoreBatch>(query, load, [&](int group, const float (&part)[N / 2]) {
+                const float scale[2] = {scales.scale(group, 0), scales.scale(group, 1)};
+#pragma unroll
+                for (int i = 0; i < N / 2; ++i) s[i] += part[i] * scale[i / 2 % 2];
+            });
+            keep_in_order(rope);
         } else {
-            scores_8bit<N, 0, 4, false, kScoreBatch>(s, tile, query, false), add(0);
-            scores_8bit<N, 128, 4, false, kScoreBatch>(s, tile, query, false), add(1);
-            scores_8bit<N, 256, 4, false, kScoreBatch>(s, tile, query, false), add(2);
-            scores_8bit<N, 384, 4, false, kScoreBatch>(s, tile, query, false), add(3);
-            scores_rope<true>(s, tile, query);
+            const auto multiply = [&](float low, float high) {
+#pragma unroll
+                for (int i = 0; i < N / 2; ++i) s[i] *= i / 2 % 2 ? high : low;
+            };
+            scores_8bit<N, 16, 4, kScoreBatch>(
+                s, query, load, [&](int group) { multiply(scales.ratio(group, 0), scales.ratio(group, 1)); });
+            multiply(scales.scale(3, 0), scales.scale(3, 1));
+            scores_rope<true>(rope, tile, query);
         }
 #pragma unroll
-        for (int i = 0; i < N / 2; ++i) {
-            const float latent = sum[i] * shared.row_scale()[column_of(i / 4 * 2 + i % 2)];
-            s[i] = latent + s[i] * p.scale_log2;
-        }
+        for (int i = 0; i < N / 2; ++i)
+            s[i] = s[i] * shared.row_scale()[column_of(i / 4 * 2 + i % 2)] + rope[i] * p.scale_log2;
     }
 }
 

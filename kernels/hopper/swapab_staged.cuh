@@ -86,9 +86,12 @@ __device__ inline const float* scales_at(const Shared& shared, int stage, int to
     return reinterpret_cast<const float*>(all + token * 16);
 }
 
-// Adds those of the rope part of an fp8 tile.
-__device__ inline void scores_rope_8bit(float (&s)[N / 2], uint32_t tile, uint32_t query) {
-    scores_8bit<N, 0, 2, true>(s, tile + Layout::kRopeOffset, query, true);
+// 32 elements of an fp8 tile, of the rope part from pair 16 on.
+__device__ inline void load_fp8(uint32_t (&raw)[4], uint32_t tile, int pair) {
+    if (pair < 16)
+        load_latent(raw, tile, pair);
+    else
+        load_rope(raw, tile + Layout::kRopeOffset, pair - 16);
 }
 
 // Scores of the rope part of an fp8_ds_mla tile, bfloat16, both operands from shared memory.

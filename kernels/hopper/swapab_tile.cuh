@@ -65,40 +65,48 @@ __device__ inline uint32_t latent_unit(uint32_t tile, int token, int unit) {
 template <int N>
 constexpr int kFragmentBatch = N < 32 ? 2 : 1;  // 32 rows leave fewer registers
 
-// Scores over PAIRS x 32 elements from byte FIRST of the latent part on, or over the 64-byte rope part
-// from its 16-byte unit `first_unit` on.
-template <int N, int FIRST, int PAIRS, bool ROPE, int BATCH = kFragmentBatch<N>, typename Tile>
-__device__ inline void scores_8bit(float (&s)[N / 2], const Tile& tile, uint32_t query, bool accumulate,
-                                   int first_unit = 0) {
-    constexpr int kBatch = BATCH;
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
-    const int token = warp * 16 + lane % 16, half = lane / 16;
-    const auto load = [&](uint32_t (&raw)[kBatch][4], int batch) {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int unit = FIRST / 16 + (batch * kBatch + i) * 2 + half;  // of 16 bytes
-            if constexpr (ROPE)  // rows of 64 bytes in the 64-byte swizzle
-                ldmatrix_x4(raw[i], tile + token * 64 + ((first_unit + unit ^ (token >> 1 & 3)) << 4));
-            else
-                ldmatrix_x4(raw[i], latent_unit(tile, token, unit));
-        }
-    };
-    constexpr int kQueryFirst = ROPE ? 512 : FIRST;
+// Of the warp's 16 tokens, 32 elements of the latent part.
+template <typename Tile>
+__device__ inline void load_latent(uint32_t (&raw)[4], const Tile& tile, int pair) {
+    const int lane = threadIdx.x % kWarp, token = threadIdx.x / kWarp % 4 * 16 + lane % 16;
+    ldmatrix_x4(raw, latent_unit(tile, token, pair * 2 + lane / 16));
+}
+// The same of an 8-bit rope part: rows of 64 bytes in the 64-byte swizzle.
+__device__ inline void load_rope(uint32_t (&raw)[4], uint32_t rope, int pair) {
+    const int lane = threadIdx.x % kWarp, token = threadIdx.x / kWarp % 4 * 16 + lane % 16;
+    ldmatrix_x4(raw, rope + token * 64 + ((pair * 2 + lane / 16 ^ (token >> 1 & 3)) << 4));
+}
+
+// Scores over PAIRS x 32 elements, from the query's first one on. load(raw, pair) brings a fragment; after every OF_GROUP
+// pairs but the last ones, between(group) may change what has been added up.
+template <int N, int PAIRS, int OF_GROUP, int BATCH, typename Load, typename Between>
+__device__ inline void scores_8bit(float (&s)[N / 2], uint32_t query, const Load& load, const Between& between) {
+    constexpr int kBatches = PAIRS / BATCH, kOfGroup = OF_GROUP / BATCH;
+    static_assert(kBatches * BATCH == PAIRS && kOfGroup * BATCH == OF_GROUP);
     const uint32_t units = in_uniform_register(units_of(query));
-    uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
-    load(raw[0], 0);
+    uint32_t raw[2][BATCH][4], wide[2][BATCH][2][4];
+    const auto load_batch = [&](int batch) {
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) load(raw[batch % 2][i], batch * BATCH + i);
+    };
+    load_batch(0);
     keep_in_order(s);
 #pragma unroll
-    for (int batch = 0; batch < PAIRS / kBatch; ++batch) {
-        if (batch + 1 < PAIRS / kBatch) load(raw[(batch + 1) % 2], batch + 1);
+    for (int batch = 0; batch < kBatches; ++batch) {
+        if (batch + 1 < kBatches) load_batch(batch + 1);
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) widen_steps(raw[batch % 2][i], wide[batch % 2][i]);
+        for (int i = 0; i < BATCH; ++i) widen_steps(raw[batch % 2][i], wide[batch % 2][i]);
+        if (batch > 0 && batch % kOfGroup == 0) {
+            wgmma_wait<0>();
+            keep_in_order(s);
+            between(batch / kOfGroup - 1);
+        }
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < 2 * kBatch; ++step) {
-            const int k = kQueryFirst + batch * 32 * kBatch + step * 16;
+        for (int step = 0; step < 2 * BATCH; ++step) {
+            const int k = batch * BATCH * 32 + step * 16;
             const uint64_t q = descriptor<1024>(units + k / 64 * N * 8 + k % 64 / 8);
-            Wgmma<fp16, N>::registers(s, wide[batch % 2][step / 2][step % 2], q, accumulate || batch + step > 0);
+            Wgmma<fp16, N>::registers(s, wide[batch % 2][step / 2][step % 2], q, k > 0);
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -109,28 +117,27 @@ __device__ inline void scores_8bit(float (&s)[N / 2], const Tile& tile, uint32_t
 
 // Scores over the four groups of 128 elements that have scales of their own, add(group, scores) for each: one's are
 // added while the next one's are made.
-template <int N, int BATCH, typename Tile, typename Add>
-__device__ inline void scores_in_groups(const Tile& tile, uint32_t query, const Add& add) {
-    constexpr int kBatch = BATCH, kBatches = 16 / kBatch, kOfGroup = 4 / kBatch;
-    const int lane = threadIdx.x % kWarp, token = threadIdx.x / kWarp % 4 * 16 + lane % 16, half = lane / 16;
-    const auto load = [&](uint32_t (&raw)[kBatch][4], int batch) {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) ldmatrix_x4(raw[i], latent_unit(tile, token, (batch * kBatch + i) * 2 + half));
-    };
+template <int N, int BATCH, typename Load, typename Add>
+__device__ inline void scores_in_groups(uint32_t query, const Load& load, const Add& add) {
+    constexpr int kBatches = 16 / BATCH, kOfGroup = 4 / BATCH;
     const uint32_t units = in_uniform_register(units_of(query));
-    uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
+    uint32_t raw[2][BATCH][4], wide[2][BATCH][2][4];
     float s[2][N / 2];
-    load(raw[0], 0);
+    const auto load_batch = [&](int batch) {
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) load(raw[batch % 2][i], batch * BATCH + i);
+    };
+    load_batch(0);
 #pragma unroll
     for (int batch = 0; batch < kBatches; ++batch) {
-        if (batch + 1 < kBatches) load(raw[(batch + 1) % 2], batch + 1);
+        if (batch + 1 < kBatches) load_batch(batch + 1);
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) widen_steps(raw[batch % 2][i], wide[batch % 2][i]);
+        for (int i = 0; i < BATCH; ++i) widen_steps(raw[batch % 2][i], wide[batch % 2][i]);
         const int group = batch / kOfGroup;
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < 2 * kBatch; ++step) {
-            const int k = batch * 32 * kBatch + step * 16;
+        for (int step = 0; step < 2 * BATCH; ++step) {
+            const int k = batch * 32 * BATCH + step * 16;
             const uint64_t q = descriptor<1024>(units + k / 64 * N * 8 + k % 64 / 8);
             Wgmma<fp16, N>::registers(s[group % 2], wide[batch % 2][step / 2][step % 2], q, k % 128 > 0);
         }
@@ -149,25 +156,26 @@ __device__ inline void scores_in_groups(const Tile& tile, uint32_t query, const 
 // O^T += V^T P^T over BLOCKS x 64 columns from block `first` on. Bytes are loaded as pairs of columns and transposed as
 // such: the even columns of a warp's 16 become its rows g, the odd ones its rows g + 8. Weights version
 // `block / 2 * VERSION_BYTES` belongs to a scale group, blocks counted from `first`.
-template <int N, int BLOCKS, int VERSION_BYTES, typename Tile>
+template <int N, int BLOCKS, int VERSION_BYTES, int BATCH = 2, typename Tile>
 __device__ inline void accumulate_8bit(float (&o)[BLOCKS][N / 2], const Tile& tile, uint32_t weights, int first = 0) {
-    constexpr int kBatch = kFragmentBatch<N>;
+    constexpr int kBatch = BATCH, kBatches = 2 * BLOCKS / kBatch;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
-    const auto load = [&](uint32_t (&raw)[kBatch][4], int batch) {
+    uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
+    const auto load_batch = [&](int batch) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
             const int at = batch * kBatch + i;
-            ldmatrix_x4_trans(raw[i], latent_unit(tile, at / BLOCKS * 32 + lane, first * 4 + at % BLOCKS * 4 + warp));
+            ldmatrix_x4_trans(raw[batch % 2][i],
+                              latent_unit(tile, at / BLOCKS * 32 + lane, first * 4 + at % BLOCKS * 4 + warp));
         }
     };
     const uint32_t units = in_uniform_register(units_of(weights));
-    uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
-    load(raw[0], 0);
+    load_batch(0);
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) keep_in_order(o[block]);
 #pragma unroll
-    for (int batch = 0; batch < 2 * BLOCKS / kBatch; ++batch) {
-        if (batch + 1 < 2 * BLOCKS / kBatch) load(raw[(batch + 1) % 2], batch + 1);
+    for (int batch = 0; batch < kBatches; ++batch) {
+        if (batch + 1 < kBatches) load_batch(batch + 1);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
             const uint32_t(&codes)[4] = raw[batch % 2][i];

@@ -61,11 +61,6 @@ def _swapab(cache_format: str, rows: int) -> Variant:
     )
 
 
-def swapab_rows(cache_format: str) -> tuple[int, ...]:
-    """Block sizes of a format, dense or listed; fp8_ds_mla's scores in four groups leave no registers for 32 rows."""
-    return SWAPAB_ROWS[:3] if cache_format == "fp8_ds_mla" else SWAPAB_ROWS
-
-
 _TWOWG = {"bf16": "bf16", "fp16": "fp16", "fp8": "widened", "e4m3": "e4m3"}
 """Of the 64-row kernel, a name and twowg.cu's: the cache's format; e4m3 for fp8 caches that are multiplied as such."""
 
@@ -87,6 +82,11 @@ def listed_name(cache_format: str, heads: int) -> str:
     return f"swapab_gather_{cache_format}_n{heads}"
 
 
+def listed_heads(cache_format: str) -> tuple[int, ...]:
+    """Heads that a block may hold where keys are listed; 16-bit rows are left to the 64-row kernel sooner."""
+    return SWAPAB_ROWS if cache_format == "fp8_ds_mla" else SWAPAB_ROWS[:3]
+
+
 def _listed(cache_format: str, heads: int) -> Variant:
     variant, name = _swapab(cache_format, heads), listed_name(cache_format, heads)
     defines = {**variant.defines, "FUSEDMLA_ENTRY": name, "FUSEDMLA_GATHER": "1"}
@@ -106,11 +106,11 @@ TOPK_NAME = "topk"
 VARIANTS = {
     v.name: v
     for v in (
-        *(_swapab(form, rows) for form in _FORMATS for rows in swapab_rows(form)),
+        *(_swapab(form, rows) for form in _FORMATS for rows in SWAPAB_ROWS),
         *(_twowg(twowg_name(name, n), operands, n) for name, operands in _TWOWG.items() for n in (1, 2)),
         _twowg(ROWS_NAME, "scaled"),
         *(_twowg(gather_name(name), operands, gather=True) for name, operands in _GATHER.items()),
-        *(_listed(form, heads) for form in _GATHER for heads in swapab_rows(form)),
+        *(_listed(form, heads) for form in _GATHER for heads in listed_heads(form)),
         Variant(TOPK_NAME, "topk.cu", {"FUSEDMLA_ENTRY": TOPK_NAME}, max_registers=64, threads=1024),
     )
 }

@@ -16,7 +16,7 @@ from vllm_fusedmla.kernels.select import few_rows
 ON_HOPPER = [name for name in forced.KERNELS if name not in forced.PORTABLE]
 ONE_OF_EACH = [
     "swapab_bf16_n16",
-    "swapab_fp8_ds_mla_n24",
+    "swapab_fp8_ds_mla_n32",
     "twowg_fp8_c1",
     "twowg_fp8_ds_mla",
     "twowg_e4m3_c1",
@@ -54,6 +54,19 @@ def strided(q):
 
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in ON_HOPPER if not forced.rounds(name)])
+def test_scores_that_rise(name):
+    """By so much that what weights are related to has to move with almost every tile."""
+    problem = forced.random_problem(name, lengths=[random.randint(1, 4000) for _ in range(3)], rise=200.0)
+    forced.assert_right(name, problem, *run(name, problem))
+
+
+@pytest.mark.parametrize("name", [name for name in ON_HOPPER if "ds_mla" in name])
+def test_scales_far_from_each_other(name):
+    problem = forced.random_problem(name, lengths=[random.randint(1, 4000) for _ in range(3)], wide_scales=True)
+    forced.assert_right(name, problem, *run(name, problem))
 
 
 @pytest.mark.parametrize("name", forced.KERNELS)

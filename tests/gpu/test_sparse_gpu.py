@@ -16,7 +16,7 @@ from sparse_problems import make_sparse_problem
 
 from vllm_fusedmla.kernels import cache_write, hopper, layout, sparse_decode, sparse_reference
 from vllm_fusedmla.kernels.common import device_facts
-from vllm_fusedmla.kernels.hopper.variants import swapab_rows
+from vllm_fusedmla.kernels.hopper.variants import listed_heads
 from vllm_fusedmla.kernels.select import DecodeConfig
 from vllm_fusedmla.kernels.sparse_plan import make_sparse_plan, sparse_plan
 
@@ -38,9 +38,9 @@ def plan_of(problem, batch_invariant=False, kernel="chosen"):
         pytest.skip("not on this GPU, or not for this cache")
     heads = 64
     if kernel == "swapab_gather":
-        if h_q > max(swapab_rows(cache_format)):
+        if h_q > max(listed_heads(cache_format)):
             pytest.skip("more heads than a block of it holds")
-        heads = min(n for n in swapab_rows(cache_format) if n >= h_q)
+        heads = min(n for n in listed_heads(cache_format) if n >= h_q)
     config = DecodeConfig(kernel, heads, 64, 12, 0, 1, 1, 1, "forced")
     return make_sparse_plan(config, h_q, num_sms, batch_invariant)
 
