@@ -115,6 +115,7 @@ def poisoned(shape: tuple[int, ...], cache_format: str) -> torch.Tensor:
 def write_ds_mla_rows(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
     """Store `values` ``[T, 576]`` with the given float32 scales ``[T, 4]``, which `layout.write_cache` would choose."""
     groups = values[:, : layout.D_V].unflatten(1, (-1, layout.QUANT_GROUP)) / scales.unsqueeze(-1)
+    groups = groups.nan_to_num(0.0)  # 0 / 0
     codes = groups.clamp(-layout.E4M3_MAX, layout.E4M3_MAX).to(torch.float8_e4m3fn).flatten(1)
     rope = values[:, layout.D_V :].to(torch.bfloat16).contiguous()
     rows = torch.cat([part.view(torch.uint8) for part in (codes, scales.contiguous(), rope)], 1)
