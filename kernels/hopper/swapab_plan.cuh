@@ -80,6 +80,7 @@ struct ListedPlan : Operands<FORMAT, N, 2> {
     using Base = Operands<FORMAT, N, 2>;
     using Base::kExchangeFloats, Base::kQueryBytes, Base::kRowBytes, Base::kWarpgroups, Base::kWarps;
     using Base::kWeightBytes, Base::kWeightVersions;
+    // With 32 rows 224 do not suffice; 40 do for copying, though not with every other number of rows.
     static constexpr int kConsumerRegisters = N > 24 ? 232 : 224, kProducerRegisters = N > 24 ? 40 : 56;
     static constexpr int kPitch = kRowBytes / 16 % 2 ? kRowBytes : kRowBytes + 16;
     static constexpr int kCopiers = 4;  // warps

@@ -51,6 +51,8 @@ class GroupScales {
 constexpr bool kTwoSets = kGather && N < 24;
 constexpr int kScoreBatch = Layout::kWarpgroups == 3 ? 1 : kFragmentBatch<N>;
 
+__device__ inline float (&as_one_set(float (&s)[N / 2]))[1][N / 2] { return reinterpret_cast<float(&)[1][N / 2]>(s); }
+
 // Scores of the lane's two tokens in base 2, from the tile and the query.
 __device__ inline void score_tile(const Params& p, const Shared& shared, const Place& place, LargestScales& largest,
                                   float (&s)[N / 2]) {
@@ -62,7 +64,7 @@ __device__ inline void score_tile(const Params& p, const Shared& shared, const P
         for (int i = 0; i < N / 2; ++i) s[i] *= p.scale_log2;
     } else if constexpr (FORMAT == Format::kFp8) {
         const auto load = [&](uint32_t(&raw)[4], int pair) { load_fp8(raw, tile, pair); };
-        scores_8bit<N, 18, 18, kFragmentBatch<N>>(s, query, load, [](int) {});
+        scores_8bit<N, 18, 18, kFragmentBatch<N>>(as_one_set(s), query, load, [](int) {});
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) s[i] *= shared.row_scale()[column_of(i / 4 * 2 + i % 2)];
     } else {
@@ -71,23 +73,23 @@ __device__ inline void score_tile(const Params& p, const Shared& shared, const P
         const auto load = [&](uint32_t(&raw)[4], int pair) { load_latent(raw, tile, pair); };
         float rope[N / 2];
         if constexpr (kTwoSets) {
+            float sets[2][N / 2];
             scores_rope<false>(rope, tile, query);
 #pragma unroll
             for (int i = 0; i < N / 2; ++i) s[i] = 0.f;
-            scores_in_groups<N, kScoreBatch>(query, load, [&](int group, const float (&part)[N / 2]) {
+            scores_8bit<N, 16, 4, kScoreBatch>(sets, query, load, [&](int group) {
                 const float scale[2] = {scales.scale(group, 0), scales.scale(group, 1)};
 #pragma unroll
-                for (int i = 0; i < N / 2; ++i) s[i] += part[i] * scale[i / 2 % 2];
+                for (int i = 0; i < N / 2; ++i) s[i] += sets[group % 2][i] * scale[i / 2 % 2];
             });
             keep_in_order(rope);
         } else {
-            const auto multiply = [&](float low, float high) {
+            scores_8bit<N, 16, 4, kScoreBatch>(as_one_set(s), query, load, [&](int group) {
+                const float low = group < 3 ? scales.ratio(group, 0) : scales.scale(3, 0);
+                const float high = group < 3 ? scales.ratio(group, 1) : scales.scale(3, 1);
 #pragma unroll
                 for (int i = 0; i < N / 2; ++i) s[i] *= i / 2 % 2 ? high : low;
-            };
-            scores_8bit<N, 16, 4, kScoreBatch>(
-                s, query, load, [&](int group) { multiply(scales.ratio(group, 0), scales.ratio(group, 1)); });
-            multiply(scales.scale(3, 0), scales.scale(3, 1));
+            });
             scores_rope<true>(rope, tile, query);
         }
 #pragma unroll

@@ -63,7 +63,7 @@ __device__ inline uint32_t latent_unit(uint32_t tile, int token, int unit) {
 
 // Fragments are loaded, widened and multiplied in batches; one batch is widened while the last is multiplied.
 template <int N>
-constexpr int kFragmentBatch = N < 32 ? 2 : 1;  // 32 rows leave fewer registers
+constexpr int kFragmentBatch = N < 32 ? 2 : 1;  // 32 rows leave fewer registers beside a batch of scores
 
 // Of the warp's 16 tokens, 32 elements of the latent part.
 template <typename Tile>
@@ -77,88 +77,56 @@ __device__ inline void load_rope(uint32_t (&raw)[4], uint32_t rope, int pair) {
     ldmatrix_x4(raw, rope + token * 64 + ((pair * 2 + lane / 16 ^ (token >> 1 & 3)) << 4));
 }
 
-// Scores over PAIRS x 32 elements, from the query's first one on. load(raw, pair) brings a fragment; after every OF_GROUP
-// pairs but the last ones, between(group) may change what has been added up.
-template <int N, int PAIRS, int OF_GROUP, int BATCH, typename Load, typename Between>
-__device__ inline void scores_8bit(float (&s)[N / 2], uint32_t query, const Load& load, const Between& between) {
-    constexpr int kBatches = PAIRS / BATCH, kOfGroup = OF_GROUP / BATCH;
-    static_assert(kBatches * BATCH == PAIRS && kOfGroup * BATCH == OF_GROUP);
+// Scores over PAIRS x 32 elements, from the query's first one on, that load(raw, pair) brings. They come in groups of
+// OF_GROUP pairs, and group_done(group) is called after each. Of one set of scores all groups are added up there, and it
+// may be changed before the next one's are. Of two sets a group's are in the one of its number's parity, while the next
+// group's are being made.
+template <int N, int PAIRS, int OF_GROUP, int BATCH, int SETS, typename Load, typename Done>
+__device__ inline void scores_8bit(float (&s)[SETS][N / 2], uint32_t query, const Load& load, const Done& group_done) {
+    constexpr int kBatches = PAIRS / BATCH, kOfGroup = OF_GROUP / BATCH, kGroups = kBatches / kOfGroup;
+    static_assert(kBatches * BATCH == PAIRS && kOfGroup * BATCH == OF_GROUP && kGroups * OF_GROUP == PAIRS);
     const uint32_t units = in_uniform_register(units_of(query));
     uint32_t raw[2][BATCH][4], wide[2][BATCH][2][4];
     const auto load_batch = [&](int batch) {
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) load(raw[batch % 2][i], batch * BATCH + i);
     };
+    const auto finish = [&](int group) {
+        keep_in_order(s[group % SETS]);
+        group_done(group);
+    };
     load_batch(0);
-    keep_in_order(s);
+    if constexpr (SETS == 1) keep_in_order(s[0]);
 #pragma unroll
     for (int batch = 0; batch < kBatches; ++batch) {
         if (batch + 1 < kBatches) load_batch(batch + 1);
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) widen_steps(raw[batch % 2][i], wide[batch % 2][i]);
-        if (batch > 0 && batch % kOfGroup == 0) {
-            wgmma_wait<0>();
-            keep_in_order(s);
-            between(batch / kOfGroup - 1);
-        }
+        const int group = batch / kOfGroup, of_group = batch % kOfGroup;
+        const bool another = group > 0 && of_group == 0;
+        if (SETS == 1 && another) wgmma_wait<0>(), finish(group - 1);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 2 * BATCH; ++step) {
             const int k = batch * BATCH * 32 + step * 16;
             const uint64_t q = descriptor<1024>(units + k / 64 * N * 8 + k % 64 / 8);
-            Wgmma<fp16, N>::registers(s, wide[batch % 2][step / 2][step % 2], q, k > 0);
+            const bool accumulate = (SETS == 1 ? batch : of_group) + step > 0;
+            Wgmma<fp16, N>::registers(s[group % SETS], wide[batch % 2][step / 2][step % 2], q, accumulate);
         }
         wgmma_commit();
         wgmma_wait<1>();
+        if (SETS == 2 && another) finish(group - 1);
     }
     wgmma_wait<0>();
-    keep_in_order(s);
-}
-
-// Scores over the four groups of 128 elements that have scales of their own, add(group, scores) for each: one's are
-// added while the next one's are made.
-template <int N, int BATCH, typename Load, typename Add>
-__device__ inline void scores_in_groups(uint32_t query, const Load& load, const Add& add) {
-    constexpr int kBatches = 16 / BATCH, kOfGroup = 4 / BATCH;
-    const uint32_t units = in_uniform_register(units_of(query));
-    uint32_t raw[2][BATCH][4], wide[2][BATCH][2][4];
-    float s[2][N / 2];
-    const auto load_batch = [&](int batch) {
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) load(raw[batch % 2][i], batch * BATCH + i);
-    };
-    load_batch(0);
-#pragma unroll
-    for (int batch = 0; batch < kBatches; ++batch) {
-        if (batch + 1 < kBatches) load_batch(batch + 1);
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) widen_steps(raw[batch % 2][i], wide[batch % 2][i]);
-        const int group = batch / kOfGroup;
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 2 * BATCH; ++step) {
-            const int k = batch * 32 * BATCH + step * 16;
-            const uint64_t q = descriptor<1024>(units + k / 64 * N * 8 + k % 64 / 8);
-            Wgmma<fp16, N>::registers(s[group % 2], wide[batch % 2][step / 2][step % 2], q, k % 128 > 0);
-        }
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (group > 0 && batch % kOfGroup == 0) {
-            keep_in_order(s[(group - 1) % 2]);
-            add(group - 1, s[(group - 1) % 2]);
-        }
-    }
-    wgmma_wait<0>();
-    keep_in_order(s[1]);
-    add(3, s[1]);
+    finish(kGroups - 1);
 }
 
 // O^T += V^T P^T over BLOCKS x 64 columns from block `first` on. Bytes are loaded as pairs of columns and transposed as
 // such: the even columns of a warp's 16 become its rows g, the odd ones its rows g + 8. Weights version
 // `block / 2 * VERSION_BYTES` belongs to a scale group, blocks counted from `first`.
-template <int N, int BLOCKS, int VERSION_BYTES, int BATCH = 2, typename Tile>
+template <int N, int BLOCKS, int VERSION_BYTES, typename Tile>
 __device__ inline void accumulate_8bit(float (&o)[BLOCKS][N / 2], const Tile& tile, uint32_t weights, int first = 0) {
-    constexpr int kBatch = BATCH, kBatches = 2 * BLOCKS / kBatch;
+    constexpr int kBatch = 2, kBatches = 2 * BLOCKS / kBatch;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
     uint32_t raw[2][kBatch][4], wide[2][kBatch][2][4];
     const auto load_batch = [&](int batch) {
