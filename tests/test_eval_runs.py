@@ -156,6 +156,18 @@ def stamps(out: Path) -> dict[str, int]:
     return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")}
 
 
+def test_a_run_may_start_anew_while_its_state_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread removes its files then: what was there a moment ago need not be there to be read."""
+    settings: dict[str, Any] = {"tasks": ["maths"], "variants": {}}
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    for run in (Run("FUSEDMLA", "auto"), Run("FUSEDMLA", "auto", teacher=True)):
+        assert runner.state(run, settings, tmp_path)["status"] == "unfinished"
+        folder = runner.folder_of(run, tmp_path)
+        folder.mkdir(parents=True)
+        runner._save(folder / "request.json", {"fingerprint": configurations.fingerprint(run, settings)})
+        assert runner.state(run, settings, tmp_path)["status"] == "unfinished"
+
+
 def test_it_goes_on_where_it_stopped(out: Path) -> None:
     options = ("--backends", "FUSEDMLA", "--teacher-forced", "maths")
     both = [*options, "--tasks", "maths,later"]

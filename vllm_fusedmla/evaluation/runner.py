@@ -35,23 +35,36 @@ def state(run: Run, settings: dict[str, Any], out: Path) -> dict[str, Any]:
     "ok" where nothing is left to do, "error" where the last attempt failed, "unfinished" else.
     """
     folder = folder_of(run, out)
-    request = folder / "request.json"
     found: dict[str, Any] = {"status": "unfinished"}
-    if not request.exists() or json.loads(request.read_text())["fingerprint"] != fingerprint(run, settings):
+    if not _is_of(run, settings, folder):
         return found
     for name in ("error", "about"):
-        if (folder / f"{name}.json").exists():
-            found |= json.loads((folder / f"{name}.json").read_text())
+        found |= _saved(folder / f"{name}.json") or {}
     if run.teacher:
-        if (folder / "teacher.json").exists():
-            found["teacher"] = json.loads((folder / "teacher.json").read_text())
+        teacher = _saved(folder / "teacher.json")
+        if teacher is not None:
+            found["teacher"] = teacher
     else:
-        files = {task: folder / task_file(task) for task in settings["tasks"]}
-        found["tasks"] = {task: json.loads(path.read_text()) for task, path in files.items() if path.exists()}
+        results = {task: _saved(folder / task_file(task)) for task in settings["tasks"]}
+        found["tasks"] = {task: result for task, result in results.items() if result is not None}
     whole = "teacher" in found if run.teacher else len(found["tasks"]) == len(settings["tasks"])
     if whole:
         found.pop("error", None)
     return found | {"status": "ok" if whole else "error" if "error" in found else "unfinished"}
+
+
+def _is_of(run: Run, settings: dict[str, Any], folder: Path) -> bool:
+    """Whether what a folder holds is of this run with these settings."""
+    request = _saved(folder / "request.json")
+    return request is not None and request["fingerprint"] == fingerprint(run, settings)
+
+
+def _saved(path: Path) -> Any:
+    """What a file holds, None where there is none: another thread may just be starting the run anew."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
 
 
 def device_slots(parallel: int, settings: dict[str, Any]) -> queue.Queue[str]:
@@ -84,7 +97,7 @@ def execute(
     """
     folder, key = folder_of(run, out), fingerprint(run, settings)
     request = folder / "request.json"
-    if not request.exists() or json.loads(request.read_text())["fingerprint"] != key:
+    if not _is_of(run, settings, folder):
         shutil.rmtree(folder, ignore_errors=True)  # other settings: nothing of it can be used
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "error.json").unlink(missing_ok=True)
