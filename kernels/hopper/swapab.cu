@@ -4,7 +4,7 @@
 // With 16 heads a 64-row matrix instruction is three quarters padding, so the operands are swapped: tokens take the M
 // side of wgmma, query rows (s_q x h_q, padded to a multiple of 8) the N side (ETAP, arXiv 2506.01969, does so on
 // Hopper). A warp copies tiles of 64 tokens with TMA through a ring of stages. Of an item of many tiles two or three
-// warpgroups take turns at them, each with its own maximum, sum and accumulators, so that one computes scores while
+// warpgroups take turns at them, each with its own reference, sum and accumulators, so that one computes scores while
 // another multiplies by V, and nothing but the ring connects them until its end (swapab_turns.cuh). Where there is
 // but a pair of tiles two work at it together (swapab_pairs.cuh).
 //

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// An item of many tiles: warpgroups take turns at them, each with its own maximum, sum and accumulators, so that one
+// An item of many tiles: warpgroups take turns at them, each with its own reference, sum and accumulators, so that one
 // computes scores while another multiplies by V. swapab_join.cuh joins their results at the end.
 // Included by a kernel after it has defined FORMAT, Element, N and Layout.
 #pragma once
