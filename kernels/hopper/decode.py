@@ -128,7 +128,7 @@ def decode(
         maps = twowg_tensor_maps(cache, name) if config.kernel.startswith("twowg") else tensor_maps(cache, name)
         for field, encoded in zip(("latent", "rope", "scales"), maps, strict=False):
             ctypes.memmove(getattr(p, field), encoded, 128)
-    p.block_table, p.table_stride = block_table.data_ptr(), block_table.stride(0)
+    p.block_table, p.table_stride, p.max_pages = block_table.data_ptr(), block_table.stride(0), block_table.shape[1]
     if isinstance(k_scale, torch.Tensor):
         p.k_scale = k_scale.data_ptr()
     else:

@@ -12,31 +12,58 @@ __device__ inline int programs_each(const Schedule& schedule) {
     return schedule.batch_invariant || schedule.b > kWarp ? 0 : divide(schedule.programs, schedule.b);
 }
 
-enum class Even { kNo, kNothing, kItem };
-
-// A warp's work: this program's item, or that it has none, or that the batch would be out of balance. `total` gets the
-// batch's tiles.
-__device__ inline Even even_item(const Schedule& schedule, const int* seq_lens, int each, int program, Item& item,
-                                 int& total) {
-    const int lane = threadIdx.x % kWarp;
-    const int length = lane >= schedule.b ? 0 : seq_lens ? seq_lens[lane] : schedule.length;
-    const int tiles = (length + kTile - 1) / kTile;
-    const int request = divide(program, each), piece = program - request * each;
-    const int most = __reduce_max_sync(~0u, tiles);
-    total = __reduce_add_sync(~0u, tiles);
-    const int part = max(divide(most + each - 1, each), 1);
-    if (part > kFewTiles) {
-        const int ideal = divide(total + schedule.b * schedule.fixed_tiles + schedule.programs - 1, schedule.programs);
-        if (16 * (part - max(ideal, schedule.min_share)) > ideal) return Even::kNo;
+// What a warp knows of the batch.
+class EvenBatch {
+  public:
+    // Of lane i, the length of request i; there need not be any.
+    static __device__ int length_of_lane(const Schedule& schedule, const int* seq_lens) {
+        const int lane = threadIdx.x % kWarp;
+        return lane >= schedule.b ? 0 : seq_lens ? seq_lens[lane] : schedule.length;
     }
-    item.request = request;
-    item.seq_len = __shfl_sync(~0u, length, request % kWarp);
-    item.tile_begin = piece * part;
-    item.tile_end = min(item.tile_begin + part, (item.seq_len + kTile - 1) / kTile);
-    item.piece = piece;
-    item.pieces = max(divide((item.seq_len + kTile - 1) / kTile + part - 1, part), 1);
-    const bool split = item.pieces > 1;
-    item.slot0 = split ? slot_of(schedule, request, request * each, 0) : -1;
-    item.slot = split ? slot_of(schedule, request, request * each, piece) : -1;
-    return request < schedule.b && piece < item.pieces ? Even::kItem : Even::kNothing;
-}
+
+    __device__ EvenBatch(const Schedule& schedule, int each, int length)
+        : schedule_(schedule), each_(each), length_(length) {
+        const int tiles = tiles_in(length);
+        const int most = __reduce_max_sync(~0u, tiles);
+        total_ = __reduce_add_sync(~0u, tiles);
+        part_ = max(divide(most + each - 1, each), 1);
+        balanced_ = true;
+        if (part_ > kFewTiles) {
+            const int ideal =
+                divide(total_ + schedule.b * schedule.fixed_tiles + schedule.programs - 1, schedule.programs);
+            balanced_ = 16 * (part_ - max(ideal, schedule.min_share)) <= ideal;
+        }
+    }
+
+    __device__ int tiles() const { return total_; }  // of all requests
+    __device__ int part() const { return part_; }    // most tiles of a program
+    __device__ bool balanced() const { return balanced_; }
+
+    // The tiles of a part, if it is there and has any. What else there is to know takes longer: see complete().
+    __device__ Item tiles_of(int request, int piece) const {
+        Item item;
+        item.request = request;
+        item.piece = piece;
+        const int length = __shfl_sync(~0u, length_, request % kWarp);
+        item.seq_len = request < schedule_.b ? length : 0;
+        item.tile_begin = piece * part_;
+        item.tile_end = min(item.tile_begin + part_, tiles_in(item.seq_len));
+        return item;
+    }
+
+    // The rest of an item; false if there is none.
+    __device__ bool complete(Item& item) const {
+        item.pieces = max(divide(tiles_in(item.seq_len) + part_ - 1, part_), 1);
+        const bool split = item.pieces > 1;
+        item.slot0 = split ? slot_of(schedule_, item.request, item.request * each_, 0) : -1;
+        item.slot = split ? slot_of(schedule_, item.request, item.request * each_, item.piece) : -1;
+        return item.request < schedule_.b && item.piece < item.pieces;
+    }
+
+  private:
+    static __device__ int tiles_in(unsigned length) { return (length + kTile - 1) / kTile; }
+
+    const Schedule& schedule_;
+    int each_, length_, total_, part_;
+    bool balanced_;
+};

@@ -22,60 +22,79 @@ struct Weighted {  // results relative to 2^top
     }
 };
 
-// Partial results row by row.
-struct RowByRow {
-    static constexpr int kUnits = kLatent / 4;
-    static __device__ int rows(const Params& p) { return p.s_q * p.h_q; }  // of a partial result
-    static __device__ int units(int rows_here) { return rows_here * kUnits; }
-    static __device__ int row_of(int unit) { return unit / kUnits; }
-    static __device__ int column_of(int unit) { return unit % kUnits * 4; }
-};
+// How partial results lie in memory is the kernel's to say, by an `Order`: how many rows one has, how many units of four
+// columns some rows are, whose row a unit is, which unit is a row's first, and where in the output row its columns go.
 
-// Four columns of a row are a unit. A thread has UNITS of them in work at a time, with PIECES pieces each.
+template <int THREADS>
+constexpr int kScratchOfMerge = (THREADS + kWarp) * 24;  // bytes: a unit of each thread, padded
+
+// A thread has UNITS of its program's units in work at a time, with PIECES pieces each. This is little code that runs once,
+// so what counts is how few instructions it is.
 template <typename Order, int THREADS, int UNITS, int PIECES>
 class MergeShare {
   public:
     __device__ MergeShare(const Params& p, const Item& item, int row0, int rows_here, int thread)
-        : p_(p), item_(item), row0_(row0), rows_here_(rows_here), thread_(thread) {
-        const int units = Order::units(rows_here), share = divide(units + item.pieces - 1, item.pieces);
+        : p_(p), thread_(thread), pieces_(item.pieces), rows_here_(rows_here) {
+        const int units = Order::units(rows_here), share = divide(units + pieces_ - 1, pieces_);
         begin_ = item.piece * share, end_ = min(begin_ + share, units);
         width_log_ = min(max(32 - __clz(share - 1), 3), 31 - __clz(THREADS));
+        const int rows = Order::rows(p);
+        first_ = int64_t(item.slot0) * rows + row0;
+        out_row_ = int64_t(item.request) * p.s_q * p.h_q + row0;
+        gap_ = p.schedule.batch_invariant ? 0 : rows;
+        stride_ = rows + gap_;
+        point_to(begin_);
     }
 
-    __device__ void run(bool to_fp16, int barrier, float* scratch) const {
-        const int width = 1 << width_log_, groups = THREADS >> width_log_, group = thread_ >> width_log_;
+    // When all pieces are there. What is made before takes its time while they are waited for.
+    __device__ void run(bool to_fp16, int barrier, float* scratch) {
+        const int width = 1 << width_log_, groups_log = 31 - __clz(THREADS) - width_log_, group = thread_ >> width_log_;
 #pragma unroll 1
-        for (int first = begin_; first < end_; first += width * UNITS) {
+        for (int first = begin_; first < end_;) {
             Weighted merged[UNITS];
-            const int unit = first + (thread_ & (width - 1));
+            int unit = first + (thread_ & (width - 1));
 #pragma unroll 1
-            for (int piece = group; piece < item_.pieces; piece += groups * PIECES)
-                add_pieces(merged, unit, piece, groups);
-            if (groups > 1) {  // then one round is all
-                gather_groups(merged[0], groups, group, barrier, scratch);
-                if (group > 0) break;
+            for (int piece = group; piece < pieces_; piece += PIECES << groups_log)
+                add_pieces(merged, piece, groups_log);
+            if (groups_log > 0) {
+                join_groups(merged[0], groups_log, barrier, scratch);
+                unit = thread_ & ((1 << groups_log) - 1) ? end_ : first + (thread_ >> groups_log);  // one of them stores
             }
 #pragma unroll
             for (int u = 0; u < UNITS; ++u) store(merged[u], unit + u * width, to_fp16);
+            first += width * UNITS;
+            if (first < end_) point_to(first);
         }
         named_barrier_sync(barrier, THREADS);  // scratch is free again
     }
 
   private:
-    __device__ void add_pieces(Weighted (&merged)[UNITS], int unit, int piece, int groups) const {
+    // This thread's units from `first` on in the first piece's partial result, and the sums of their rows.
+    __device__ void point_to(int first) {
+        const int unit = first + (thread_ & ((1 << width_log_) - 1));
+        const auto live = [&](int u) { return min(unit + (u << width_log_), end_ - 1); };
+        const auto row = [&](int u) { return min(Order::row_of(live(u)), rows_here_ - 1); };
+        from_ = reinterpret_cast<const uint8_t*>(p_.partial_out) + (first_ * (kLatent / 4) + live(0)) * 16;
+        sums_ = reinterpret_cast<const uint8_t*>(p_.partial_lse) + (first_ + row(0)) * 4;
+        asm volatile("" : "+l"(from_), "+l"(sums_));  // not to be worked out anew for every piece
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u) ahead_[u] = (live(u) - live(0)) * 16, sums_ahead_[u] = (row(u) - row(0)) * 4;
+    }
+
+    // The pieces from `piece` on, every 2^groups_log-th. Where none is the last one is read, and weighs nothing.
+    __device__ void add_pieces(Weighted (&merged)[UNITS], int piece, int groups_log) const {
+        const int last = (pieces_ - 1) * stride_ - gap_, step = stride_ << groups_log;
+        int at = piece * stride_ - gap_;  // see rows_from_first; of piece 0, which comes first if at all, 0
         float4 v[UNITS][PIECES];
         float log_sum[UNITS][PIECES];
 #pragma unroll
-        for (int i = 0; i < PIECES; ++i) {
-            const int rows = Order::rows(p_);
-            const int64_t row = int64_t(item_.slot0) * rows + rows_from_first(p_, rows, piece + i * groups) + row0_;
-            const float4* from = reinterpret_cast<const float4*>(p_.partial_out) + row * (kLatent / 4) + unit;
+        for (int i = 0; i < PIECES; ++i, at += step) {
+            const unsigned row = min(i == 0 ? max(at, 0) : at, last);
 #pragma unroll
             for (int u = 0; u < UNITS; ++u) {
-                const int step = u << width_log_;
-                const bool live = piece + i * groups < item_.pieces && is_live(unit + step);
-                log_sum[u][i] = live ? __ldcg(p_.partial_lse + row + Order::row_of(unit + step)) : -INFINITY;
-                v[u][i] = live ? __ldcg(from + step) : float4{0.f, 0.f, 0.f, 0.f};
+                log_sum[u][i] = __ldcg(reinterpret_cast<const float*>(sums_ + uint64_t{row} * 4 + sums_ahead_[u]));
+                v[u][i] = __ldcg(reinterpret_cast<const float4*>(from_ + uint64_t{row} * (kLatent * 4) + ahead_[u]));
+                if (at > last) log_sum[u][i] = -INFINITY;
             }
         }
 #pragma unroll
@@ -89,40 +108,64 @@ class MergeShare {
         }
     }
 
-    // Group 0 gets all groups' parts, in their order.
-    __device__ void gather_groups(Weighted& merged, int groups, int group, int barrier, float* scratch) const {
+    // The groups' parts of a unit go to neighbouring lanes, which add them up as a tree.
+    __device__ void join_groups(Weighted& merged, int groups_log, int barrier, float* scratch) const {
+        const int groups = 1 << groups_log, pitch = (1 << width_log_) + 1;
         float4* sums = reinterpret_cast<float4*>(scratch);
-        float2* tops = reinterpret_cast<float2*>(scratch + THREADS * 4);
-        sums[thread_] = merged.sum, tops[thread_] = {merged.top, merged.total};
+        float2* tops = reinterpret_cast<float2*>(sums + THREADS + kWarp);
+        const int to = thread_ + (thread_ >> width_log_), from = (thread_ & (groups - 1)) * pitch + (thread_ >> groups_log);
+        sums[to] = merged.sum, tops[to] = {merged.top, merged.total};
         named_barrier_sync(barrier, THREADS);
-        if (group > 0) return;
+        const float2 top = tops[from];
+        merged = {sums[from], top.x, top.y};
+        float most = top.x;
 #pragma unroll 1
-        for (int other = 1; other < groups; ++other) {
-            const float2 top = tops[thread_ + (other << width_log_)];
-            merged.relate(fmaxf(merged.top, top.x));
-            const float weight = exp2_approx(top.x - merged.top);
-            merged.total += weight * top.y;
-            add_weighted(merged.sum, weight, sums[thread_ + (other << width_log_)]);
+        for (int step = 1; step < groups; step <<= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+        merged.relate(most);
+#pragma unroll 1
+        for (int step = 1; step < groups; step <<= 1) {
+            merged.sum.x += __shfl_xor_sync(~0u, merged.sum.x, step);
+            merged.sum.y += __shfl_xor_sync(~0u, merged.sum.y, step);
+            merged.sum.z += __shfl_xor_sync(~0u, merged.sum.z, step);
+            merged.sum.w += __shfl_xor_sync(~0u, merged.sum.w, step);
+            merged.total += __shfl_xor_sync(~0u, merged.total, step);
         }
     }
 
-    __device__ bool is_live(int unit) const { return unit < end_ && Order::row_of(unit) < rows_here_; }
-
     __device__ void store(const Weighted& merged, int unit, bool to_fp16) const {
-        if (!is_live(unit)) return;
+        const int row = Order::row_of(unit);
+        if (unit >= end_ || row >= rows_here_) return;
         const float norm = merged.total > 0.f ? __fdividef(1.f, merged.total) : 0.f;
         const float4& sum = merged.sum;
-        const int64_t row = int64_t(item_.request) * p_.s_q * p_.h_q + row0_ + Order::row_of(unit);
-        uint16_t* to = static_cast<uint16_t*>(p_.out) + row * kLatent + Order::column_of(unit);
-        *reinterpret_cast<uint2*>(to) = {pack_16bit(sum.x * norm, sum.y * norm, to_fp16),
-                                         pack_16bit(sum.z * norm, sum.w * norm, to_fp16)};
-        if (Order::column_of(unit) == 0)
-            p_.lse[row] = merged.total > 0.f ? (merged.top + log2_approx(merged.total)) * 0.6931471805599453f : -INFINITY;
+        Order::store(static_cast<uint16_t*>(p_.out) + (out_row_ + row) * kLatent, unit,
+                     {pack_16bit(sum.x * norm, sum.y * norm, to_fp16), pack_16bit(sum.z * norm, sum.w * norm, to_fp16)});
+        if (Order::begins_row(unit))
+            p_.lse[out_row_ + row] =
+                merged.total > 0.f ? (merged.top + log2_approx(merged.total)) * 0.6931471805599453f : -INFINITY;
     }
 
     const Params& p_;
-    const Item& item_;
-    const int row0_, rows_here_, thread_;
-    int begin_, end_;  // of the units
-    int width_log_;    // 2^width_log_ threads lie along the units
+    const int thread_, pieces_, rows_here_;
+    int begin_, end_;          // of the units
+    int width_log_;            // 2^width_log_ threads lie along the units
+    int64_t first_, out_row_;  // the block's first row in the first piece's partial result, in the results
+    int stride_, gap_;         // rows from piece to piece; how many fewer from the first to the second
+    const uint8_t *from_, *sums_;         // see point_to()
+    int ahead_[UNITS], sums_ahead_[UNITS];  // of further units, in bytes
 };
+
+// Merges an item's share. wait() returns when all pieces are there; what can be worked out before is.
+template <typename Order, int THREADS, typename Wait>
+__device__ inline void merge_share(const Params& p, const Item& item, int row0, int rows_here, int thread, bool to_fp16,
+                                   int barrier, float* scratch, const Wait& wait) {
+    const auto merge_by = [&](auto share) {
+        wait();
+        share.run(to_fp16, barrier, scratch);
+    };
+    if (item.pieces > 4)
+        merge_by(MergeShare<Order, THREADS, 1, 8>(p, item, row0, rows_here, thread));
+    else if (item.pieces > 2)
+        merge_by(MergeShare<Order, THREADS, 2, 4>(p, item, row0, rows_here, thread));
+    else
+        merge_by(MergeShare<Order, THREADS, 4, 2>(p, item, row0, rows_here, thread));
+}

@@ -50,8 +50,8 @@ struct Params {
     int causal;
     int page_size;
     int q_is_fp16;     // 8-bit caches: dtype of q and out
-    // Where keys are listed: bounds of pages and of entries of a request's table (0: slots are listed, not positions), and
-    // how many requests share a table. page_size 0: a page is a row, and follows the one before.
+    // Where keys are listed: bound of pages (page_size 0: a page is a row, and follows the one before); entries of a
+    // request's table, also where they are not (0: slots are listed, not positions); how many requests share a table.
     int num_pages, max_pages, sharers;
     float* max_logits;  // [b, h_q], 16-bit rows of listed keys: the largest scores come on top of what is there; or null
 };

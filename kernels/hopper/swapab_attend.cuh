@@ -19,8 +19,8 @@ __device__ inline void load_query(const Params& p, const Shared& shared, int req
     if constexpr (FORMAT == Format::kSixteenBit)
         load_query_16bit<N>(p, to, request, first_row_of_block());
     else
-        load_query_8bit<N, FORMAT == Format::kFp8DsMla>(p, to, shared.row_scale(), p.scale_log2 * k_scale_of(p),
-                                                        request, first_row_of_block(), threadIdx.x / kWarp);
+        load_query_8bit<N, FORMAT == Format::kFp8DsMla>(p, to, shared.row_scale(), p.scale_log2, k_scale_of(p), request,
+                                                        first_row_of_block(), threadIdx.x / kWarp);
     fence_proxy_async();
 }
 

@@ -159,16 +159,9 @@ class ClusterMerge {
             const int head = first_row_of_block() + at;
             uint16_t* out = static_cast<uint16_t*>(p_.out) + (int64_t(share.request) * p_.h_q + head) * kLatent +
                             (first + set) * 16 + lane() / 4 * (Columns::step == 1 ? 2 : 1);
-            if (head < p_.h_q) store_two(out, pack_16bit(sum.x, sum.z, out_is_fp16(p_)));
-            if (head + 1 < p_.h_q) store_two(out + kLatent, pack_16bit(sum.y, sum.w, out_is_fp16(p_)));
+            if (head < p_.h_q) Columns::store(out, pack_16bit(sum.x, sum.z, out_is_fp16(p_)));
+            if (head + 1 < p_.h_q) Columns::store(out + kLatent, pack_16bit(sum.y, sum.w, out_is_fp16(p_)));
         }
-    }
-
-    __device__ static void store_two(uint16_t* out, uint32_t pair) {
-        if (Columns::step == 1)
-            *reinterpret_cast<uint32_t*>(out) = pair;
-        else
-            out[0] = pair, out[Columns::step] = pair >> 16;
     }
 
     const Params& p_;

@@ -12,19 +12,6 @@ namespace {
 // Groups of a tile that a copy brings: as many as surely lie in one page. decode.py's maps are made for it.
 __device__ inline int groups_of_copy(const Params& p) { return min(kTile, p.page_size & -p.page_size) / kGroup; }
 
-// Groups of tokens that begin at row `row` of a page.
-__device__ void copy_groups(const Params& p, const Shared& shared, int stage, int group, int page, int row,
-                            uint64_t policy) {
-    const uint32_t tile = shared.tile(stage), barrier = shared.full(stage);
-    tma_load_5d(tile + group * Layout::kGroupBytes, &p.latent, barrier, 0, 0, 0, row / kGroup, page, policy);
-    if constexpr (FORMAT != Format::kSixteenBit) {
-        constexpr int kRopeRow = FORMAT == Format::kFp8 ? 64 : 128;
-        tma_load_3d(tile + Layout::kRopeOffset + group * kGroup * kRopeRow, &p.rope, barrier, 0, row, page, policy);
-    }
-    if constexpr (FORMAT == Format::kFp8DsMla)
-        tma_load_3d(tile + Layout::kScalesOffset + group * kGroup * 16, &p.scales, barrier, 0, row, page, policy);
-}
-
 __device__ void hand_over(const Shared& shared, Ring<Layout::kItems>& ring, const Item& item, Step step) {
     mbarrier_wait(shared.item_empty(ring.stage()), ring.phase() ^ 1);
     if (threadIdx.x % kWarp == 0) {
@@ -34,9 +21,61 @@ __device__ void hand_over(const Shared& shared, Ring<Layout::kItems>& ring, cons
     ring.advance();
 }
 
-// The tiles of an item into the next stages of the ring, a group of tokens by each lane.
+// Where a lane's group of tokens lies.
+struct Group {
+    int page, row;
+};
+__device__ inline Group look_up(const Params& p, const int* table, int token, bool live) {
+    const int entry = divide(token, p.page_size);
+    return {live ? table[entry] : 0, token - entry * p.page_size};
+}
+
+// A copy: groups of a page from one on.
+__device__ void copy_groups(const Params& p, const Shared& shared, int stage, int group, const Group& at,
+                            uint64_t policy) {
+    const uint32_t tile = shared.tile(stage), barrier = shared.full(stage);
+    tma_load_5d(tile + group * Layout::kGroupBytes, &p.latent, barrier, 0, 0, 0, at.row / kGroup, at.page, policy);
+    if constexpr (FORMAT != Format::kSixteenBit) {
+        constexpr int kRopeRow = FORMAT == Format::kFp8 ? 64 : 128;
+        tma_load_3d(tile + Layout::kRopeOffset + group * kGroup * kRopeRow, &p.rope, barrier, 0, at.row, at.page, policy);
+    }
+    if constexpr (FORMAT == Format::kFp8DsMla)
+        tma_load_3d(tile + Layout::kScalesOffset + group * kGroup * 16, &p.scales, barrier, 0, at.row, at.page, policy);
+}
+
+// The groups of an item's first tiles. They are looked up together with the lengths, which have yet to tell how many tiles
+// a program gets: for each number that is likely.
+class FirstGroups {
+  public:
+    FirstGroups() = default;
+    __device__ FirstGroups(const Params& p, int request, int piece) {
+        const int most = request < p.schedule.b ? p.max_pages * p.page_size : 0;
+#pragma unroll
+        for (int i = 0; i < kLikely; ++i) {
+            const int token = piece * (i + 1) * kTile + int(threadIdx.x % kWarp) * kGroup;
+            groups_[i] = look_up(p, p.block_table + request * p.table_stride, token, token < most);
+        }
+    }
+    // Of a program that gets so many tiles.
+    __device__ void choose(int tiles) {
+        known_ = tiles <= kLikely;
+#pragma unroll
+        for (int i = 1; i < kLikely; ++i)
+            if (tiles == i + 1) groups_[0] = groups_[i];
+    }
+    __device__ bool known() const { return known_; }
+    __device__ const Group& group() const { return groups_[0]; }
+
+  private:
+    static constexpr int kLikely = 4;
+    bool known_ = false;
+    Group groups_[kLikely];
+};
+
+// The tiles of an item into the next stages of the ring, a group of tokens by each lane; begun() is called after each.
+template <typename Begun>
 __device__ void copy_tiles(const Params& p, const Shared& shared, Ring<Layout::kStages>& ring, const Item& item,
-                           uint64_t policy) {
+                           uint64_t policy, const FirstGroups& known, const Begun& begun) {
     constexpr int kGroups = kTile / kGroup, kAhead = kWarp / kGroups;  // tiles whose pages are looked up at once
     const int lane = threadIdx.x % kWarp, group = lane % kGroups;
     const int together = groups_of_copy(p), rows = together * kGroup;
@@ -44,15 +83,15 @@ __device__ void copy_tiles(const Params& p, const Shared& shared, Ring<Layout::k
     for (int first = item.tile_begin; first < item.tile_end; first += kAhead) {
         const int mine = first + lane / kGroups, token = mine * kTile + group * kGroup;
         const bool live = mine < item.tile_end && token < item.seq_len && group % together == 0;
-        const int entry = divide(token, p.page_size), row = token - entry * p.page_size;
-        const int page = live ? table[entry] : 0;
+        const Group at = first == item.tile_begin && known.known() ? known.group() : look_up(p, table, token, live);
         for (int tile = first; tile < min(first + kAhead, item.tile_end); ++tile) {
             mbarrier_wait(shared.empty(ring.stage()), ring.phase() ^ 1);
             const int copied = (min(item.seq_len - tile * kTile, kTile) + rows - 1) & -rows;
             if (lane == 0) mbarrier_expect_tx(shared.full(ring.stage()), copied * Layout::kRowBytes);
             __syncwarp();
-            if (live && mine == tile) copy_groups(p, shared, ring.stage(), group, page, row, policy);
+            if (live && mine == tile) copy_groups(p, shared, ring.stage(), group, at, policy);
             ring.advance();
+            begun();
         }
     }
 }
@@ -63,35 +102,44 @@ __device__ inline uint64_t policy_of(int tiles) {
     return tiles < kLongRead ? kEvictFirst : kEvictNormal;
 }
 
-// Lines of the block table that may be needed, before the lengths tell which of them are: for parts of one to 32 tiles.
-__device__ inline void prefetch_pages(const Params& p, int each) {
+// What may be needed before the lengths tell what is: descriptors, and lines of the block table for parts of up to 32
+// tiles.
+__device__ inline void prefetch_maps_and_pages(const Params& p, int request, int piece) {
     if (threadIdx.x % kWarp == 0) {
         tma_prefetch(&p.latent);
         if (FORMAT != Format::kSixteenBit) tma_prefetch(&p.rope);
         if (FORMAT == Format::kFp8DsMla) tma_prefetch(&p.scales);
     }
-    const int request = divide(blockIdx.y, each), piece = blockIdx.y - request * each;
-    const int64_t entry = divide(piece * (threadIdx.x % kWarp + 1) * kTile, p.page_size);
-    if (request < p.schedule.b && entry < p.table_stride)
-        prefetch_line(p.block_table + request * p.table_stride + entry);
+    const int entry = divide(piece * (threadIdx.x % kWarp + 1) * kTile, p.page_size);
+    if (request < p.schedule.b && entry < p.max_pages) prefetch_line(p.block_table + request * p.table_stride + entry);
 }
 
-// A part of a small batch; false if that would be out of balance.
-__device__ bool produce_even(const Params& p, const Shared& shared, Ring<Layout::kItems>& items,
+// Returns when the barriers are there.
+__device__ inline void wait_for_barriers() { named_barrier_sync(kReady, kConsumers + kWarp); }
+
+// A part of a small batch of `each` programs a request, with each lane's request's length; false if that would be out of
+// balance.
+__device__ bool produce_even(const Params& p, const Shared& shared, int length, int each, Ring<Layout::kItems>& items,
                              Ring<Layout::kStages>& stages) {
-    const int each = programs_each(p.schedule);
-    if (each == 0) return false;
-    prefetch_pages(p, each);
-    Item item;
-    int tiles;
-    const Even even = even_item(p.schedule, p.seq_lens, each, blockIdx.y, item, tiles);
-    if (even == Even::kNo) return false;
-    named_barrier_sync(kReady, kConsumers + kWarp);
-    if (even == Even::kItem) {
-        hand_over(shared, items, item, Step::kAttend);
-        copy_tiles(p, shared, stages, item, policy_of(tiles));
-        if (item.slot >= 0) hand_over(shared, items, item, Step::kMerge);
-    }
+    const int request = divide(blockIdx.y, each), piece = blockIdx.y - request * each;
+    FirstGroups groups(p, request, piece);
+    prefetch_maps_and_pages(p, request, piece);
+    wait_for_barriers();
+    const EvenBatch batch(p.schedule, each, length);
+    if (!batch.balanced()) return false;
+    groups.choose(batch.part());
+    Item item = batch.tiles_of(request, piece);
+    bool told = false, is_item = false;
+    const auto tell = [&] {  // when the first tile is on its way: it takes longest
+        if (told) return;
+        told = true;
+        asm volatile("" : "+r"(item.seq_len));  // not before
+        is_item = batch.complete(item);
+        if (is_item) hand_over(shared, items, item, Step::kAttend);
+    };
+    copy_tiles(p, shared, stages, item, policy_of(batch.tiles()), groups, tell);
+    tell();
+    if (is_item && item.slot >= 0) hand_over(shared, items, item, Step::kMerge);
     hand_over(shared, items, item, Step::kEnd);
     return true;
 }
@@ -99,9 +147,12 @@ __device__ bool produce_even(const Params& p, const Shared& shared, Ring<Layout:
 __device__ void produce(const Params& p, const Shared& shared) {
     Ring<Layout::kItems> items;
     Ring<Layout::kStages> stages;
-    if (produce_even(p, shared, items, stages)) return;
+    const int length = EvenBatch::length_of_lane(p.schedule, p.seq_lens), each = programs_each(p.schedule);
+    if (each == 0)
+        wait_for_barriers();
+    else if (produce_even(p, shared, length, each, items, stages))
+        return;
     Work work(p.schedule, p.seq_lens, blockIdx.y);
-    named_barrier_sync(kReady, kConsumers + kWarp);
     const uint64_t policy = policy_of(work.total());
     Item item;
     bool any_split = false, is_first = true;
@@ -112,7 +163,7 @@ __device__ void produce(const Params& p, const Shared& shared) {
                 hand_over(shared, items, item, Step::kAttend);
                 if (!is_first) prefetch_query<N, kWarp>(p, item.request, first_row_of_block(), threadIdx.x % kWarp);
                 is_first = false;
-                copy_tiles(p, shared, stages, item, policy);
+                copy_tiles(p, shared, stages, item, policy, {}, [] {});
             } else if (item.slot >= 0) {
                 hand_over(shared, items, item, Step::kMerge);
             }

@@ -11,18 +11,29 @@ namespace {
 
 class Gatherer {
   public:
-    __device__ Gatherer(const Params& p, const Shared& shared) : p_(p), shared_(shared) {}
+    // Asks for the first entries that a CTA has if its request's list is full. That takes few instructions, while the
+    // first ones of a kernel take long, and nothing can begin without.
+    __device__ Gatherer(const Params& p, const Shared& shared, int request)
+        : p_(p), shared_(shared), likely_request_(request), likely_begin_(cluster_cta_rank() * p.schedule.min_share) {
+#pragma unroll
+        for (int i = 0; i < kLikely; ++i)
+            likely_[i] = entries_of(request, likely_begin_ + i, request < p.schedule.b ? p.schedule.length : 0);
+    }
 
     // Entries are read three tiles ahead. A tile's pages are looked up as soon as the one before is on its way.
     __device__ void gather_item(const Item& item) {
         const int begin = item.tile_begin;
-        Entries entries = entries_of(item, begin), later = entries_of(item, begin + 1);
+        const bool likely = item.request == likely_request_ && begin == likely_begin_ && item.seq_len == p_.schedule.length;
+        const ListedRows<Layout::kRowBytes> rows(p_, item.request);
+        if (!ready_ && warp() == 0) rows.prefetch_table<kWarp>(lane());
+        Entries entries = likely ? likely_[0] : entries_of(item, begin);
+        Entries later = likely ? likely_[1] : entries_of(item, begin + 1);
         Entries latest = entries_of(item, begin + 2);
         if (!ready_) named_barrier_sync(kReady, kThreads);  // barriers are
         ready_ = true;
 #pragma unroll 1
         for (int tile = begin; tile < item.tile_end; ++tile) {
-            copy_rows(source_of(item, entries));
+            copy_rows(source_of(rows, entries));
             entries = later;
             later = latest;
             latest = entries_of(item, tile + 3);
@@ -43,20 +54,22 @@ class Gatherer {
     __device__ static int lane() { return threadIdx.x % kWarp; }
     __device__ static int warp() { return threadIdx.x / kWarp % 4; }
 
-    __device__ int entry_at(const Item& item, int at) const {
-        return at < min(item.seq_len, item.tile_end * kTile) ? p_.indices[item.request * p_.index_stride + at] : -1;
+    // Of the first `length` entries.
+    __device__ Entries entries_of(int request, int tile, int length) const {
+        const int at = tile * kTile + lane();
+        const int* from = p_.indices + request * p_.index_stride + at;
+        return {at < length ? from[0] : -1, at + kWarp < length ? from[kWarp] : -1};
     }
     __device__ Entries entries_of(const Item& item, int tile) const {
-        const int at = tile * kTile + lane();
-        return {entry_at(item, at), entry_at(item, at + kWarp)};
+        return entries_of(item.request, tile, min(item.seq_len, item.tile_end * kTile));
     }
 
-    __device__ Source source_of(const Item& item, const Entries& entries) const {
+    __device__ Source source_of(const ListedRows<Layout::kRowBytes>& rows, const Entries& entries) const {
         const bool any = __any_sync(~0u, entries.low >= 0 || entries.high >= 0);
         const int from = warp() % 2 * kRows + lane() % kRows;
         const int low = __shfl_sync(~0u, entries.low, from), high = __shfl_sync(~0u, entries.high, from);
         const int entry = warp() < 2 ? low : high;
-        return {lane() < kRows ? listed_row<int64_t{Layout::kRowBytes}>(p_, item.request, entry) : nullptr, any};
+        return {lane() < kRows ? rows.row(entry) : nullptr, any};
     }
 
     // A row by each of 16 lanes; an instruction takes some 40 cycles to issue, lane after lane.
@@ -84,6 +97,9 @@ class Gatherer {
 
     const Params& p_;
     const Shared& shared_;
+    static constexpr int kLikely = 2;  // tiles
+    const int likely_request_, likely_begin_;
+    Entries likely_[kLikely];
     TileRing ring_;
     bool ready_ = false;
     // `fixed_tiles` has no other use here: not 0 where no other list names the rows, and L2 may keep what else it

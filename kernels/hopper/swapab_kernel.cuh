@@ -21,13 +21,14 @@ __device__ inline int likely_request(const Params& p) {
 }
 
 __device__ void merge(const Params& p, const Shared& shared, const Item& item) {
-    const int row0 = first_row_of_block(), rows = min(p.s_q * p.h_q - row0, N);
-    const bool to_fp16 = out_is_fp16(p);
+    static_assert(kScratchOfMerge<kTwo> <= Layout::kQueryBytes);
     if (thread_anew() >= kTwo) return;
-    if (item.pieces > 4)
-        MergeShare<RowByRow, kTwo, 1, 8>(p, item, row0, rows, threadIdx.x).run(to_fp16, kFirstTwo, shared.scratch());
-    else
-        MergeShare<RowByRow, kTwo, 4, 2>(p, item, row0, rows, threadIdx.x).run(to_fp16, kFirstTwo, shared.scratch());
+    const int row0 = first_row_of_block();
+    merge_share<AsHeld, kTwo>(p, item, row0, min(p.s_q * p.h_q - row0, N), threadIdx.x, out_is_fp16(p), kFirstTwo,
+                              shared.scratch(), [&] {
+                                  if (threadIdx.x == 0) wait_for_pieces(counter_of(p, item), item.pieces);
+                                  named_barrier_sync(kFirstTwo, kTwo);
+                              });
 }
 
 __device__ void consume(const Params& p, const Shared& shared) {
@@ -51,8 +52,6 @@ __device__ void consume(const Params& p, const Shared& shared) {
             wanted = loaded = -1;
             if (item.slot >= 0 && threadIdx.x == 0) publish(counter_of(p, item), item.pieces);
         } else {
-            if (threadIdx.x == 0) wait_for_pieces(counter_of(p, item), item.pieces);
-            named_barrier_sync(kAllConsumers, kConsumers);
             merge(p, shared, item);
             if (threadIdx.x == 0) leave(counter_of(p, item), item.pieces);
         }

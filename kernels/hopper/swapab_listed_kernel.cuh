@@ -57,9 +57,9 @@ __device__ inline void consume(const Params& p, const Shared& shared) {
     for (int request = cluster_id(); request < p.schedule.b; request += gridDim.x) {  // a cluster's CTA has but one
         load_query(p, shared, request);
         const Share share = share_of(p, request);
-        if (cluster_size() > 1 && threadIdx.x / kWarp == kConsumers / kWarp - 1)
-            ClusterMerge(p, shared).find_owners(share);
         named_barrier_sync(kAllConsumers, kConsumers);
+        if (cluster_size() > 1 && threadIdx.x / kWarp == kConsumers / kWarp - 1)  // whose tile is not the first to come
+            ClusterMerge(p, shared).find_owners(share);
         if (cluster_size() > 1)
             ClusterMerge(p, shared).attend(ring, share);
         else
@@ -71,8 +71,8 @@ __device__ inline void gather(const Params& p, const Shared& shared) {
     if (cluster_size() > 1) cluster_arrive_relaxed();
     launch_dependents();
     wait_for_predecessor();
+    Gatherer gatherer(p, shared, cluster_id());
     if constexpr (kMovesRegisters) lower_registers<Layout::kProducerRegisters>();
-    Gatherer gatherer(p, shared);
 #pragma unroll 1
     for (int request = cluster_id(); request < p.schedule.b; request += gridDim.x) {
         const Share share = share_of(p, request);

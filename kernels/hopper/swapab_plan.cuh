@@ -27,7 +27,6 @@ struct Operands {
     // Maxima and sums by warp and row, scales of rows, maxima by warpgroup and row.
     static constexpr int kExchangeFloats = 2 * kWarps * N + N + kWarpgroups * N;
     static_assert(2 * N * kResultPitch <= kQueryBytes);
-    static_assert(2 * kWarpgroup * 6 * 4 <= kQueryBytes);  // what merging brings together
     static_assert(kQueryBlock % 1024 == 0);
 };
 

@@ -32,7 +32,7 @@ class Gatherer {
         int entry = entry_of(item, item.tile_begin);
 #pragma unroll 1
         for (int tile = item.tile_begin; tile < item.tile_end; ++tile) {
-            const uint8_t* from = listed_row<kRowBytes>(p_, item.request, entry);
+            const uint8_t* from = ListedRows<kRowBytes>(p_, item.request).row(entry);
             entry = entry_of(item, tile + 1);
             if constexpr (kScaled)
                 copy_rows(from);

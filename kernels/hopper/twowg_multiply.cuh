@@ -19,25 +19,18 @@ __device__ inline void feed_tasks() {
     feeder.save();
 }
 
-__device__ inline void merge(const Params& p, const Item& item) {
-    const int row0 = block_x_anew() * kRows, thread = multiplier_thread();
-    const int rows_here = max(min(p.s_q * p.h_q - row0, kRows), 0);  // none if a cluster was filled up
-    const bool to_fp16 = out_is_fp16(p);
-    float* scratch = Shared::scratch();
-    if (item.pieces > 4)
-        MergeShare<Tiles, kMultipliers, 1, 8>(p, item, row0, rows_here, thread).run(to_fp16, kMultipliersBarrier, scratch);
-    else
-        MergeShare<Tiles, kMultipliers, 4, 2>(p, item, row0, rows_here, thread).run(to_fp16, kMultipliersBarrier, scratch);
-}
-
 // What comes after all of the program's own work, by both multipliers.
 __device__ inline void merge_split(const Params& p) {
     for (; Tasks::wait() == Step::kMerge; Tasks::done(), feed_tasks()) {
         const Item& item = Tasks::item();
-        if (multiplier_thread() == 0) wait_for_pieces(counter_of(p, item), item.pieces);
-        named_barrier_sync(kMultipliersBarrier, kMultipliers);
-        merge(p, item);
-        if (multiplier_thread() == 0) leave(counter_of(p, item), item.pieces);
+        const int row0 = block_x_anew() * kRows, thread = multiplier_thread();
+        const int rows_here = max(min(p.s_q * p.h_q - row0, kRows), 0);  // none if a cluster was filled up
+        merge_share<Tiles, kMultipliers>(p, item, row0, rows_here, thread, out_is_fp16(p), kMultipliersBarrier,
+                                         Shared::scratch(), [&] {
+                                             if (thread == 0) wait_for_pieces(counter_of(p, item), item.pieces);
+                                             named_barrier_sync(kMultipliersBarrier, kMultipliers);
+                                         });
+        if (thread == 0) leave(counter_of(p, item), item.pieces);
     }
 }
 
@@ -72,7 +65,7 @@ class Multiplier : Values<T> {
   private:
     // The scorer has done with the last one.
     __device__ void load_query() const {
-        load_query_8bit<kRows, kScaled>(p_, shared_memory + kQueryAt, Shared::row_scales(), p_.scale_log2 * k_scale_of(p_),
+        load_query_8bit<kRows, kScaled>(p_, shared_memory + kQueryAt, Shared::row_scales(), p_.scale_log2, k_scale_of(p_),
                                         Tasks::item().request, row0(), multiplier_thread() / kWarp);
         fence_proxy_async();
         __syncwarp();

@@ -52,11 +52,17 @@ struct Tiles {
     static constexpr int kColumns = kTurned ? 16 : 8, kUnitsOfRow = kColumns / 4, kUnits = kGroupRows * kUnitsOfRow;
     static __device__ int rows(const Params& p) { return partial_rows(p); }
     static __device__ int units(int rows_here) { return (rows_here + kGroupRows - 1) / kGroupRows * 2 * kUnitsOfHalf; }
-    static __device__ int row_of(int unit) {
-        const int place = unit % kUnits / kUnitsOfRow;
+    static __device__ int row_of(unsigned unit) {
+        const unsigned place = unit % kUnits / kUnitsOfRow;
         return unit / (2 * kUnitsOfHalf) * kGroupRows + (kTurned ? place % 4 * 2 + place / 4 : place);
     }
-    static __device__ int column_of(int unit) {
+    static __device__ bool begins_row(unsigned unit) { return column_of(unit) == 0; }
+    static __device__ void store(uint16_t* row, unsigned unit, uint2 four) {
+        *reinterpret_cast<uint2*>(row + column_of(unit)) = four;
+    }
+
+  private:
+    static __device__ int column_of(unsigned unit) {
         return unit % (2 * kUnitsOfHalf) / kUnits * kColumns + unit % kUnitsOfRow * 4;
     }
 };

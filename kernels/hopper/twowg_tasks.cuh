@@ -35,14 +35,15 @@ class Feeder {
     static __device__ bool feed_even(const Params& p) {
         const int each = programs_each(p.schedule);
         if (each == 0) return false;
-        Item item;
-        int tiles;
-        const Even even = even_item(p.schedule, p.seq_lens, each, blockIdx.y, item, tiles);
-        if (even == Even::kNo) return false;
+        const int request = divide(blockIdx.y, each), piece = blockIdx.y - request * each;
+        const EvenBatch batch(p.schedule, each, EvenBatch::length_of_lane(p.schedule, p.seq_lens));
+        if (!batch.balanced()) return false;
+        Item item = batch.tiles_of(request, piece);
+        const bool is_item = batch.complete(item);
         if (threadIdx.x % kWarp == 0) {
             saved()->step_ = Step::kEnd, saved()->calls_ = 0;
             int slot = 0;
-            if (even == Even::kItem) {
+            if (is_item) {
                 hand_over(slot++, item, Step::kAttend);
                 if (is_merged(p, item)) hand_over(slot++, item, Step::kMerge);
             }

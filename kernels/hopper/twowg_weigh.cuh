@@ -114,6 +114,7 @@ class Weigher {
     // Of a row what each of the four warps has.
     __device__ static void exchange(float value) {
         reinterpret_cast<float*>(Shared::of_warps() + row())[warp()] = value;
+        __syncwarp();  // otherwise there is code for lanes apart, which spills registers
         named_barrier_sync(kHalfBarrier + half(), kWarpgroup);
     }
 

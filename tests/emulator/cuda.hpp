@@ -86,6 +86,7 @@ inline auto max(A a, B b) { using T = std::common_type_t<A, B>; return T(a) < T(
 using std::fmaf;
 
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t{a} * b >> 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
