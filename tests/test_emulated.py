@@ -104,6 +104,16 @@ def test_many_pieces_of_a_request(name, emulator):
     forced.assert_right(name, problem, *attend(emulator, name, problem, programs=6))
 
 
+@pytest.mark.parametrize("name", ["swapab_bf16_n8", "swapab_fp8_n16", "swapab_fp8_ds_mla_n8"])
+def test_equal_parts_of_a_small_batch(name, emulator):
+    """Programs with one to five tiles: pages of the first ones are looked up before it is known how many they are."""
+    b, each = random.choice([(1, 5), (2, 3)])
+    for part in random.sample(range(1, 6), 2):
+        lengths = [random.randint((each - 1) * part * 64 + 1, each * part * 64) for _ in range(b)]
+        problem = dense_problem(name, lengths)
+        forced.assert_right(name, problem, *attend(emulator, name, problem, programs=b * each))
+
+
 @pytest.mark.parametrize("name", ["swapab_fp8_n16", "swapab_fp8_ds_mla_n8"])
 def test_a_request_longer_than_the_ring(name, emulator):
     """Warpgroups take its tiles in turns; a late one lets another run ahead."""
