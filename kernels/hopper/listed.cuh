@@ -43,5 +43,5 @@ class ListedRows {
   private:
     const Params& p_;
     const unsigned inverse_;
-    const int* table_;
+    const int* table_;  // the request's, where there are tables
 };

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // A share of the merging of a split request, see splitkv.cuh. Every thread weighs for itself the pieces that it adds
-// up, so all that is to be read is on its way at once, and little code is run. Pieces are divided among groups of
-// threads where there are more threads than columns.
+// up, so all that is to be read is on its way at once, and little code is run: it runs once, and what counts is how few
+// instructions it is. Pieces are divided among groups of threads where there are more threads than columns.
+//
+// How partial results lie in memory is the kernel's to say, by an `Order`: how many rows one has, how many units of four
+// columns some rows are, whose row a unit is, which unit is a row's first, and where in the output row its columns go.
 #pragma once
 
 #include "splitkv.cuh"
@@ -22,14 +25,10 @@ struct Weighted {  // results relative to 2^top
     }
 };
 
-// How partial results lie in memory is the kernel's to say, by an `Order`: how many rows one has, how many units of four
-// columns some rows are, whose row a unit is, which unit is a row's first, and where in the output row its columns go.
-
 template <int THREADS>
 constexpr int kScratchOfMerge = (THREADS + kWarp) * 24;  // bytes: a unit of each thread, padded
 
-// A thread has UNITS of its program's units in work at a time, with PIECES pieces each. This is little code that runs once,
-// so what counts is how few instructions it is.
+// A thread has UNITS of its program's units in work at a time, with PIECES pieces each.
 template <typename Order, int THREADS, int UNITS, int PIECES>
 class MergeShare {
   public:
@@ -146,11 +145,11 @@ class MergeShare {
 
     const Params& p_;
     const int thread_, pieces_, rows_here_;
-    int begin_, end_;          // of the units
-    int width_log_;            // 2^width_log_ threads lie along the units
-    int64_t first_, out_row_;  // the block's first row in the first piece's partial result, in the results
-    int stride_, gap_;         // rows from piece to piece; how many fewer from the first to the second
-    const uint8_t *from_, *sums_;         // see point_to()
+    int begin_, end_;                       // of the units
+    int width_log_;                         // 2^width_log_ threads lie along the units
+    int64_t first_, out_row_;               // the block's first row in the first piece's partial result, in the results
+    int stride_, gap_;                      // rows from piece to piece; how many fewer from the first to the second
+    const uint8_t *from_, *sums_;           // see point_to()
     int ahead_[UNITS], sums_ahead_[UNITS];  // of further units, in bytes
 };
 

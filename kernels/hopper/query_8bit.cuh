@@ -80,7 +80,8 @@ __device__ inline void for_query_rows(const Params& p, int request, int row0, in
 }
 
 // Into fp16 by a power of two a row. `row_scale` receives what undoes it, times scale_log2 and k_scale: what scores are to
-// be multiplied by. The two are not multiplied before the query is there, for k_scale may be on its way, too. The rope part of an fp8_ds_mla cache is bfloat16: so is the query's.
+// be multiplied by. The two are not multiplied before the query is there, for k_scale may be on its way, too. The rope
+// part of an fp8_ds_mla cache is bfloat16: so is the query's.
 template <int N, bool ROPE_IS_BF16>
 __device__ inline void load_query_8bit(const Params& p, uint8_t* query, float* row_scale, float scale_log2, float k_scale,
                                        int request, int row0, int warp) {

@@ -3,8 +3,8 @@
 //
 // A program publishes its partial result and counts itself in at the request's counter. When all its items are done it
 // comes back to its split ones, waits until every piece is in, and merges its share of the columns: n pieces are merged
-// by n programs, each an n-th, in the order of the pieces, so the bits do not depend on who arrived when. No program
-// waits before its own work is published, so waiting needs only that the grid's programs all get to run.
+// by n programs, each an n-th, in an order that only n and the rows decide, so the bits do not depend on who arrived
+// when. No program waits before its own work is published, so waiting needs only that the grid's programs all get to run.
 #pragma once
 
 #include "work.cuh"

@@ -72,7 +72,8 @@ class FirstGroups {
     Group groups_[kLikely];
 };
 
-// The tiles of an item into the next stages of the ring, a group of tokens by each lane; begun() is called after each.
+// The tiles of an item into the next stages of the ring, a group of tokens by each lane; begun() is called when a tile's
+// copies have been asked for.
 template <typename Begun>
 __device__ void copy_tiles(const Params& p, const Shared& shared, Ring<Layout::kStages>& ring, const Item& item,
                            uint64_t policy, const FirstGroups& known, const Begun& begun) {

@@ -21,6 +21,7 @@ __device__ inline void feed_tasks() {
 
 // What comes after all of the program's own work, by both multipliers.
 __device__ inline void merge_split(const Params& p) {
+    static_assert(kScratchOfMerge<kMultipliers> <= kWeightsAt - kQueryAt);
     for (; Tasks::wait() == Step::kMerge; Tasks::done(), feed_tasks()) {
         const Item& item = Tasks::item();
         const int row0 = block_x_anew() * kRows, thread = multiplier_thread();
